@@ -1,0 +1,377 @@
+"""
+The models: RWKV-4 and LSTM over frames, with a chord head or a Bernoulli head.
+
+Shape letters: B batch, T frames, C channels (n_embd), V units in a frame, L layers, K units that are on in a frame,
+M choices that spell a batch of frames (K + 1 for each frame: its units and "done").
+
+Both architectures read binary frames (B, T, V) and answer for each the distribution of the frame after it:
+
+    out, state = model(frames, state)      # any T >= 1; state None at the start of a tune
+    model.nll(out, targets)                # (B, T): -ln p(target frame | frames so far), in nats
+    model.sample(out[:, -1])               # (B, V): the next frame, drawn
+
+The same call trains (T = a window, state dropped) and composes (T = 1, state carried); the numbers agree.
+Nothing in here knows about music: a frame is any set of units, a character of text is a frame with one unit.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from wkv import wkv
+
+
+@dataclass
+class Config:
+    n_units: int                # V, as the data has it
+    arch: str = 'rwkv'          # 'rwkv' or 'lstm'
+    head: str = 'chord'         # 'chord' or 'bernoulli'
+    n_layer: int = 3
+    n_embd: int = 192           # C
+    dropout: float = 0.1
+    lookback: tuple = ()        # lags in frames: the model also reads the frames that stood so long before the next one
+
+
+class Dropout(nn.Module):
+    """Variational dropout (Gal & Ghahramani 2016): x (B, T, C) loses the same channels in all frames of a window."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.rand(x.shape[0], 1, x.shape[2], device=x.device) >= self.p
+        return x * (keep / (1 - self.p)).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RWKV-4 (Peng et al. 2023, arXiv 2305.13048). Names and shapes of the parameters are those of RWKV-LM's RWKV-v4neo.
+
+def shift(x, last):
+    """The input one frame earlier (the paper's token shift): x (B, T, C), last (B, C) or None -> (B, T, C), x[:, -1]."""
+    last = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.unsqueeze(1).to(x.dtype)
+    return torch.cat((last, x[:, :-1]), dim=1), x[:, -1]
+
+
+class TimeMix(nn.Module):
+    """
+    Time mixing, section 3.1.2 of the paper (RWKV_TimeMix in RWKV-v4neo); it plays the part of attention.
+
+        k_t = W_k (m_k * x_t + (1 - m_k) * x_{t-1})         and v_t, r_t alike           (eq. 11-13)
+        y_t = sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t} v_t, over the same sum without v      (eq. 14; wkv.py)
+        out_t = W_o (sigmoid(r_t) * y_t)                                                 (eq. 15)
+
+    with w = e^{time_decay}, u = time_first, m = time_mix. x (B, T, C); state (x_{t-1} (B, C), wkv state (B, 3, C)).
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        C = config.n_embd
+        depth = layer / max(1, config.n_layer - 1)      # 0 at the bottom, 1 at the top
+        ramp = layer / config.n_layer                   # 0 at the bottom, almost 1 at the top
+        c = torch.arange(C)
+        # each channel starts with its own memory span: from e^-5 (hundreds of frames) to e^3 (this frame alone) ...
+        self.time_decay = nn.Parameter(-5 + 8 * (c / max(1, C - 1)) ** (0.7 + 1.3 * depth))
+        # ... its own weight for the present frame, in a zigzag so that neighbours differ ...
+        self.time_first = nn.Parameter(math.log(0.3) + 0.5 * ((c + 1) % 3 - 1.0))
+        # ... and its own share of the frame before
+        mix = (c / C).view(1, 1, C)
+        self.time_mix_k = nn.Parameter(mix ** (1 - ramp))
+        self.time_mix_v = nn.Parameter(mix ** (1 - ramp) + 0.3 * depth)
+        self.time_mix_r = nn.Parameter(mix ** (0.5 * (1 - ramp)))
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
+
+    def forward(self, x, state):
+        last, memory = state
+        before, last = shift(x, last)
+        k = self.key(torch.lerp(before, x, self.time_mix_k.to(x.dtype)))
+        v = self.value(torch.lerp(before, x, self.time_mix_v.to(x.dtype)))
+        r = self.receptance(torch.lerp(before, x, self.time_mix_r.to(x.dtype)))
+        y, memory = wkv(self.time_decay.exp(), self.time_first, k, v, memory)
+        return self.output(torch.sigmoid(r) * y), (last, memory)
+
+
+class ChannelMix(nn.Module):
+    """
+    Channel mixing, section 3.1.2 (RWKV_ChannelMix in RWKV-v4neo); it plays the part of the feed-forward layer.
+
+        out_t = sigmoid(W_r mix_r) * W_v max(W_k mix_k, 0)^2         (eq. 16-18), mix as in TimeMix
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        C = config.n_embd
+        mix = (torch.arange(C) / C).view(1, 1, C) ** (1 - layer / config.n_layer)
+        self.time_mix_k = nn.Parameter(mix.clone())
+        self.time_mix_r = nn.Parameter(mix.clone())
+        self.key = nn.Linear(C, 4 * C, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(4 * C, C, bias=False)
+
+    def forward(self, x, last):
+        before, last = shift(x, last)
+        k = self.key(torch.lerp(before, x, self.time_mix_k.to(x.dtype)))
+        r = self.receptance(torch.lerp(before, x, self.time_mix_r.to(x.dtype)))
+        return torch.sigmoid(r) * self.value(torch.relu(k).square()), last
+
+
+class RWKVBlock(nn.Module):
+    """One layer: x + TimeMix(LN(x)), then x + ChannelMix(LN(x)). The first layer normalises its input, too (ln0)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd)
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config, layer)
+        self.drop = Dropout(config.dropout)
+
+    def forward(self, x, state):
+        att_state, ffn_state = state if state is not None else ((None, None), None)
+        out, att_state = self.att(self.ln1(x), att_state)
+        x = x + self.drop(out)
+        out, ffn_state = self.ffn(self.ln2(x), ffn_state)
+        return x + self.drop(out), (att_state, ffn_state)
+
+
+class LSTMBlock(nn.Module):
+    """
+    One layer: x + LSTM(LN(x)). The LSTM (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000) is
+    torch.nn.LSTM; for its input x_t, with the four gates stacked in each matrix:
+
+        i, f, g, o = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+        c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)          h_t = sigmoid(o) * tanh(c_t)
+
+    x (B, T, C); state (h (1, B, C), c (1, B, C)).
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd)
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.lstm = nn.LSTM(config.n_embd, config.n_embd, batch_first=True)
+        self.drop = Dropout(config.dropout)
+
+    def forward(self, x, state):
+        out, state = self.lstm(self.ln1(x), state)
+        return x + self.drop(out), state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads: from what the model knows after frame t, (.., C), to the distribution of frame t + 1
+
+class BernoulliHead(nn.Module):
+    """Each unit on its own: p(frame) = prod_v sigmoid(logit_v)^frame_v (1 - sigmoid(logit_v))^(1 - frame_v)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.out = nn.Linear(config.n_embd, config.n_units)
+
+    def forward(self, h):
+        return self.out(h)
+
+    def nll(self, logits, frames):
+        loss = F.binary_cross_entropy_with_logits(logits.float(), frames.float(), reduction='none')
+        return loss.sum(-1)
+
+    def sample(self, logits, temperature=1.0, top_p=1.0, generator=None):
+        p = torch.sigmoid(logits.float() / temperature)
+        # nucleus sampling over the two outcomes of a unit: the likelier one alone where it has top_p of the mass
+        p = torch.where(p >= top_p, torch.ones_like(p), torch.where(1 - p >= top_p, torch.zeros_like(p), p))
+        return torch.rand(p.shape, generator=generator, device=p.device).lt(p).to(torch.uint8)
+
+
+class ChordHead(nn.Module):
+    """
+    Spells a frame from its lowest unit to its highest, one categorical choice at a time, until "done":
+
+        p(frame) = prod_{j=1..K+1} softmax_{c > u_{j-1}}(logits(h, {u_1, .., u_{j-1}}))[u_j],     u_0 = -1, u_{K+1} = V ("done")
+
+    Every set of units has exactly one spelling, so the probabilities of all 2^V frames sum to 1. This is NADE
+    (Larochelle & Murray 2011) that walks over the units that are on instead of all V: about 5 small steps, not 88.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, V = config.n_embd, config.n_units
+        self.hidden = nn.Linear(C, C)
+        self.chosen = nn.Linear(V, C, bias=False)
+        self.out = nn.Linear(C, V + 1)
+
+    def forward(self, h):
+        return self.hidden(h)                           # what does not depend on the choices is worked out once
+
+    def logits(self, h, chosen, last):
+        """h (M, C), chosen (M, V) the units taken so far, last (M,) the highest of them or -1 -> (M, V + 1)."""
+        logits = self.out(F.gelu(h + self.chosen(chosen.to(h.dtype)))).float()
+        allowed = torch.arange(logits.shape[-1], device=h.device) > last.unsqueeze(-1)
+        return logits.masked_fill(~allowed, -math.inf)
+
+    def nll(self, h, frames):
+        shape, V = frames.shape[:-1], frames.shape[-1]
+        h, frames = h.reshape(-1, h.shape[-1]), frames.reshape(-1, V)
+        # one row for every choice of every frame: (frame, choice) in reading order, "done" is choice V
+        frame, choice = F.pad(frames, (0, 1), value=1).nonzero(as_tuple=True)              # (M,), (M,)
+        first = torch.ones_like(frame, dtype=torch.bool)
+        first[1:] = frame[1:] != frame[:-1]
+        last = torch.where(first, -1, choice.roll(1))
+        chosen = frames[frame] * (torch.arange(V, device=h.device) < choice.unsqueeze(-1))   # (M, V)
+        loss = F.cross_entropy(self.logits(h[frame], chosen, last), choice, reduction='none')
+        return loss.new_zeros(frames.shape[0]).index_add(0, frame, loss).view(shape)
+
+    def sample(self, h, temperature=1.0, top_p=1.0, generator=None):
+        B, V = h.shape[0], self.chosen.in_features
+        frame = torch.zeros(B, V + 1, dtype=torch.uint8, device=h.device)
+        last = torch.full((B,), -1, device=h.device)
+        while (last < V).any():                         # rows that are done choose "done" again, the only unit left
+            p = torch.softmax(self.logits(h, frame[:, :V], last.clamp(max=V - 1)) / temperature, dim=-1)
+            if top_p < 1:                               # nucleus sampling (Holtzman et al. 2020)
+                q, order = p.sort(dim=-1, descending=True)
+                q[q.cumsum(-1) - q >= top_p] = 0
+                p = torch.zeros_like(p).scatter(-1, order, q)
+            last = torch.multinomial(p, 1, generator=generator).squeeze(-1)
+            frame.scatter_(1, last.unsqueeze(1), 1)
+        return frame[:, :V]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Model(nn.Module):
+    """
+    frames (B, T, V) -> Linear -> blocks -> LayerNorm -> head.
+
+    With lookback, the frames that stood lag frames before the one to predict (lag in config.lookback) come in through a
+    second Linear: a tune repeats its bars and phrases, and a recurrent state of fixed size can't recite them (the idea
+    of the Lookback RNN, Magenta 2016).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, C, V = config, config.n_embd, config.n_units
+        self.emb = nn.Linear(V, C)              # in place of the token embedding: the input already is a vector
+        if config.lookback:
+            self.look = nn.Linear(len(config.lookback) * V, C, bias=False)
+            self.register_buffer('lags', torch.tensor(config.lookback), persistent=False)
+        block = {'rwkv': RWKVBlock, 'lstm': LSTMBlock}[config.arch]
+        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(C)
+        self.drop = Dropout(config.dropout)
+        self.head = {'chord': ChordHead, 'bernoulli': BernoulliHead}[config.head](config)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        for name, p in self.named_parameters():
+            leaf = name.split('.', 2)[-1]               # 'blocks.0.att.key.weight' -> 'att.key.weight'
+            if leaf in ('att.key.weight', 'att.receptance.weight', 'att.output.weight',
+                        'ffn.receptance.weight', 'ffn.value.weight'):
+                p.zero_()                               # RWKV-v4neo: every block starts as the identity
+            elif leaf.startswith('lstm.weight'):
+                for gate in p.chunk(4):
+                    nn.init.orthogonal_(gate)
+            elif leaf.startswith('lstm.bias'):          # forget gate open: remember at first (Jozefowicz et al. 2015)
+                p.zero_()
+                if 'ih' in leaf:
+                    p[p.shape[0] // 4:p.shape[0] // 2] = 1
+            elif name.startswith('blocks.') and p.dim() == 2:
+                nn.init.orthogonal_(p, gain=max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+    def forward(self, frames, state=None):
+        """frames (B, T, V) binary -> what the head needs of every frame (B, T, C or V), state after the last frame."""
+        past, recurrent = (None, None) if state is None else state
+        x = self.emb(frames.to(self.emb.weight.dtype))
+        if self.config.lookback:
+            M = max(self.config.lookback) - 1           # frames before this call that the longest lag can reach
+            if past is None:
+                past = frames.new_zeros(frames.shape[0], M, frames.shape[2])
+            seen = torch.cat((past, frames), dim=1)     # (B, M + T, V); the frame after input t stands at M + t + 1
+            t = torch.arange(frames.shape[1], device=frames.device).unsqueeze(1)
+            old = seen[:, M + 1 + t - self.lags].flatten(2)         # (B, T, lags * V)
+            x = x + self.look(old.to(x.dtype))
+            past = seen[:, -M:]
+        x = self.drop(self.blocks[0].ln0(x))
+        recurrent = list(recurrent or [None] * len(self.blocks))
+        for i, block in enumerate(self.blocks):
+            x, recurrent[i] = block(x, recurrent[i])
+        return self.head(self.drop(self.ln_out(x))), (past, recurrent)
+
+    def nll(self, out, targets):
+        """-ln p(targets | frames before), in nats: out from forward (B, T, ..), targets (B, T, V) -> (B, T)."""
+        return self.head.nll(out, targets)
+
+    def sample(self, out, temperature=1.0, top_p=1.0, generator=None):
+        """Draws the next frame: out (B, ..) of the last frame read -> (B, V) uint8."""
+        return self.head.sample(out, temperature, top_p, generator)
+
+    @torch.no_grad()
+    def compose(self, prompt, length, temperature=1.0, top_p=1.0, generator=None):
+        """
+        Continues prompts, all B at once: (B, T, V) frames, T >= 1 -> list of B tensors (T_i, V) uint8 with what comes
+        after, at most `length` frames each; a row ends where the model puts the last unit (a boundary) into a frame.
+        """
+        self.eval()
+        out, state = self(prompt)
+        frames, ended = [], torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+        ends = torch.full((prompt.shape[0],), length, device=prompt.device)
+        for t in range(length):
+            frame = self.sample(out[:, -1], temperature, top_p, generator)
+            ends[(frame[:, -1] > 0) & ~ended] = t
+            ended |= frame[:, -1] > 0
+            if ended.all():
+                break
+            frames.append(frame)
+            out, state = self(frame.unsqueeze(1), state)
+        return [torch.stack(frames, 1)[i, :ends[i]] if frames else prompt[i, :0] for i in range(len(ends))]
+
+    @torch.no_grad()
+    def nats_per_frame(self, prompt, tune):
+        """Mean -ln p, in nats, of the frames of tune (T, V) that follow prompt (P, V), P >= 1; read in pieces."""
+        frames, state, total = torch.cat((prompt, tune)).unsqueeze(0), None, 0.0
+        for start in range(0, frames.shape[1] - 1, 1024):
+            piece = frames[:, start:start + 1025]
+            out, state = self(piece[:, :-1], state)
+            total += self.nll(out, piece[:, 1:])[:, max(0, len(prompt) - 1 - start):].double().sum().item()
+        return total / len(tune)
+
+    def parameter_groups(self, weight_decay):
+        """For the optimiser: weight decay on matrices only; biases, gains, decays and mixes go free."""
+        matrices = [p for p in self.parameters() if p.dim() == 2]
+        vectors = [p for p in self.parameters() if p.dim() != 2]
+        return [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
+
+
+VERSION = 1         # of the layout of a checkpoint
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used. The message is one sentence that names the file and the mend."""
+
+
+def load_checkpoint(path, device='cpu'):
+    """A file that train.py wrote -> (model in eval mode, its dictionary). Raises CheckpointError if it is not one."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except OSError as e:
+        raise CheckpointError(f'cannot read {path} ({e.strerror}): train a model first, or give its path with --ckpt') from None
+    except Exception:   # whatever unzipping and unpickling make of bytes that are not a checkpoint
+        raise CheckpointError(f'{path} is damaged or no checkpoint of this project: train again, or give another --ckpt') from None
+    try:
+        if checkpoint['version'] != VERSION:
+            raise CheckpointError(f'{path} is of version {checkpoint["version"]}, this code reads {VERSION}: train again')
+        model = Model(Config(**checkpoint['config'])).to(device)
+        model.load_state_dict(checkpoint['model'])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise e if isinstance(e, CheckpointError) else CheckpointError(
+            f'{path} is no checkpoint of this project: train again, or give another --ckpt') from None
+    return model.eval(), checkpoint

@@ -1,0 +1,159 @@
+"""
+Compose with a trained model:  python sample.py --ckpt out/rwkv.pt
+
+Writes out/rwkv.mid, .wav (listen) and .svg (look); with --num_samples, out/rwkv-1.mid and so on, the best first.
+"""
+
+import argparse
+import math
+import secrets
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import render
+from data import UserError
+from model import CheckpointError, load_checkpoint
+from train import boolean, exit_with, number, pick_device
+
+
+def key_signature(text):
+    """'D' -> 2, 'F#m' -> 3, 'Bb' -> -2: sharps in the signature, for argparse."""
+    if text[:1] not in 'ABCDEFG' or text[1:].rstrip('m') not in ('', '#', 'b') or text.count('m') > 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no key: write C, F#, Bb, Am, C#m, ...')
+    return data.sharps(text)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog='example: python sample.py --ckpt out/rwkv.pt --num_samples=4 --key=D --tempo=180')
+    parser.error = lambda message: exit_with(message + '; --help lists the options')
+
+    def group(title, *options):
+        g = parser.add_argument_group(title)
+        for name, default, kind, text in options:
+            kind = kind if isinstance(kind, dict) else dict(type=kind)
+            g.add_argument(f'--{name}', default=default, help=text, **kind)
+
+    group('the model',
+          ('ckpt', Path('out/rwkv.pt'), Path, 'checkpoint written by train.py (default: out/rwkv.pt)'),
+          ('device', 'cpu', str, 'cpu, cuda, ... (default: cpu, which composes one tune as fast as a GPU)'))
+    group('composing',
+          ('num_samples', 1, number(int, 1, 10_000), 'tunes, composed side by side and ranked by nats a frame (default: 1)'),
+          ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before (default: 256)'),
+          ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer (default: 1)'),
+          ('top_p', 0.95, number(float, 0, 1), 'nucleus: choose among the likeliest that hold so much probability (default: 0.95)'),
+          ('seed', None, number(int, 0, 2 ** 63 - 1), 'the same seed gives the same files (default: a new one, which is printed)'),
+          ('prompt', None, Path, 'a .mid or .abc file to continue'),
+          ('prompt_beats', math.inf, number(float, 0), 'read so many beats of the prompt (default: all)'),
+          ('no_prompt', False, dict(type=boolean, nargs='?', const=True, metavar='BOOL'), 'leave the prompt out of what is written'))
+    group('what is written',
+          ('out', None, Path, 'path of the .mid (default: that of the checkpoint)'),
+          ('key', None, key_signature, 'move the tune to this key signature: C, F#, Bb, Am, ... (default: where it was composed)'),
+          ('tempo', None, number(float, 4, 1000), 'beats a minute (default: that of the prompt or of the training tunes)'))
+    return parser.parse_args()
+
+
+def read_prompt(path, beats):
+    """The first tune in a .mid or .abc file, cut after so many beats, as a data.Song."""
+    if path.suffix.lower() == '.abc':
+        songs = data.read_abc(path)
+        if not songs:
+            raise UserError(f'{path} has no tune that can be read: give another --prompt')
+        song = songs[0]
+    else:
+        song = data.read_midi(path)
+    notes = song.notes[song.notes[:, 1] < beats]
+    if not len(notes):
+        raise UserError(f'{path} has no notes in its first {beats:g} beats: give another --prompt or more --prompt_beats')
+    notes[:, 2] = np.minimum(notes[:, 2], beats)
+    return song._replace(notes=notes)
+
+
+def intervals(notes, steps_per_beat, names):
+    """
+    A tune as one integer a step, the same in every transposition: 0 where nothing is struck, else the name of the chord
+    that is, its keys counted from the highest key of the strike before. names: a dict that gives equal strikes one name.
+    """
+    steps = np.floor(notes * [1, steps_per_beat, steps_per_beat] + 0.5).astype(int)
+    tune, top = np.zeros(steps[:, 1].max(initial=-1) + 1, np.int32), None
+    for t in np.unique(steps[:, 1]):
+        struck = np.sort(steps[steps[:, 1] == t, 0])
+        top = struck[-1] if top is None else top
+        tune[t] = names.setdefault(tuple(struck - top), len(names) + 1)
+        top = struck[-1]
+    return tune
+
+
+def longest_copy(tune, book):
+    """Steps in the longest stretch that stands both in tune and in book, two arrays of intervals()."""
+    longest, run = 0, np.zeros(len(book) + 1, np.int32)     # run[j]: how long a match ends at book[j - 1]
+    for name in tune:
+        run[1:] = (run[:-1] + 1) * (book == name)
+        longest = max(longest, run.max())
+    return int(longest)
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    model, checkpoint = load_checkpoint(args.ckpt, device)
+    meta = checkpoint['meta']
+    grid = meta['steps_per_beat'], meta['onsets']
+    length = math.ceil(args.length * meta['steps_per_beat'])
+    if length > data.MAX_FRAMES:
+        raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
+                        f'{data.MAX_FRAMES // meta["steps_per_beat"]:,} beats or less')
+    out = args.out or args.ckpt.with_suffix('.mid')
+    seed = secrets.randbits(32) if args.seed is None else args.seed
+    generator = torch.Generator(device).manual_seed(seed)
+    print(f'{args.ckpt}: {model.config.arch}, trained on {meta["source"]}, valid {checkpoint["valid"]:.4f} nats/frame')
+
+    # the prompt: a boundary frame, where every tune starts, and the person's own beginning if there is one
+    opening, moved, tempo = np.empty((0, 3)), 0, meta['tempo']
+    if args.prompt:
+        song = read_prompt(args.prompt, args.prompt_beats)
+        moved, tempo = data.common_key_shift(song) if meta['common_key'] else 0, song.tempo
+        opening = song.notes + [moved, 0, 0]
+    frames = data.to_frames(opening, *grid)
+    boundary = np.zeros((1, model.config.n_units), np.uint8)
+    boundary[0, -1] = 1
+    prompt = torch.from_numpy(np.concatenate((boundary, frames))).to(device).expand(args.num_samples, -1, -1)
+
+    start = time.perf_counter()
+    composed = model.compose(prompt, length, args.temperature, args.top_p, generator)
+    seconds, count = time.perf_counter() - start, sum(map(len, composed))
+    print(f'seed {seed}: {args.num_samples} x {max(map(len, composed))} frames in {seconds:.1f} s, '
+          f'{count / seconds:,.0f} frames a second')
+    # the model's own opinion: nats a frame of what it composed; low is what it finds most natural
+    ranked = sorted((model.nats_per_frame(prompt[i], tune), i) for i, tune in enumerate(composed) if len(tune))
+    if not ranked:
+        raise UserError(f'the model ended the tune at once: use another --seed{" or a shorter prompt" * bool(args.prompt)}')
+
+    for place, (nats, i) in enumerate(ranked, 1):
+        beats = len(frames) / meta['steps_per_beat'] if not args.no_prompt else 0
+        tune = composed[i].cpu().numpy()
+        notes = data.to_notes(np.concatenate((frames, tune)) if not args.no_prompt else tune, *grid)
+        shift = -moved
+        if args.key is not None:
+            shift = (7 * (args.key - (0 if meta['common_key'] else data.estimate_sharps(notes))) + 6) % 12 - 6
+        notes += [shift, 0, 0]
+        notes = notes[(notes[:, 0] >= 0) & (notes[:, 0] < data.KEYS)]
+        path = out if args.num_samples == 1 else out.with_name(f'{out.stem}-{place}{out.suffix}')
+        data.write_midi(notes, path, args.tempo or tempo)
+        render.write_wav(notes, path.with_suffix('.wav'), args.tempo or tempo)
+        render.write_svg(notes, path.with_suffix('.svg'), prompt_beats=beats, title=path.stem)
+        print(f'{path} (.wav, .svg): {nats:.3f} nats/frame, {len(notes)} notes')
+        if place == 1:
+            print(render.terminal_roll(notes))
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (UserError, CheckpointError) as e:
+        exit_with(e)
