@@ -55,16 +55,16 @@ class Dropout(nn.Module):
 def shift(x, last):
     """The input one frame earlier (the paper's token shift): x (B, T, C), last (B, C) or None -> (B, T, C), x[:, -1]."""
     last = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.unsqueeze(1).to(x.dtype)
-    return torch.cat((last, x[:, :-1]), dim=1), x[:, -1]
+    return torch.cat((last, x[:, :-1]), dim=1), x[:, -1].detach()
 
 
 class TimeMix(nn.Module):
     """
-    Time mixing, section 3.1.2 of the paper (RWKV_TimeMix in RWKV-v4neo); it plays the part of attention.
+    Time mixing (RWKV_TimeMix in RWKV-v4neo); it plays the part of attention.
 
-        k_t = W_k (m_k * x_t + (1 - m_k) * x_{t-1})         and v_t, r_t alike           (eq. 11-13)
-        y_t = sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t} v_t, over the same sum without v      (eq. 14; wkv.py)
-        out_t = W_o (sigmoid(r_t) * y_t)                                                 (eq. 15)
+        k_t = W_k (m_k * x_t + (1 - m_k) * x_{t-1})         and v_t, r_t alike: the paper's "token shift"
+        y_t = sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t} v_t, over the same sum without v: its "WKV operator", wkv.py
+        out_t = W_o (sigmoid(r_t) * y_t): its "output gating"
 
     with w = e^{time_decay}, u = time_first, m = time_mix. x (B, T, C); state (x_{t-1} (B, C), wkv state (B, 3, C)).
     """
@@ -75,7 +75,7 @@ class TimeMix(nn.Module):
         depth = layer / max(1, config.n_layer - 1)      # 0 at the bottom, 1 at the top
         ramp = layer / config.n_layer                   # 0 at the bottom, almost 1 at the top
         c = torch.arange(C)
-        # each channel starts with its own memory span: from e^-5 (hundreds of frames) to e^3 (this frame alone) ...
+        # each channel starts with its own memory: w from e^-5 (over a hundred frames) to e^3 (only the frame before) ...
         self.time_decay = nn.Parameter(-5 + 8 * (c / max(1, C - 1)) ** (0.7 + 1.3 * depth))
         # ... its own weight for the present frame, in a zigzag so that neighbours differ ...
         self.time_first = nn.Parameter(math.log(0.3) + 0.5 * ((c + 1) % 3 - 1.0))
@@ -101,9 +101,12 @@ class TimeMix(nn.Module):
 
 class ChannelMix(nn.Module):
     """
-    Channel mixing, section 3.1.2 (RWKV_ChannelMix in RWKV-v4neo); it plays the part of the feed-forward layer.
+    Channel mixing (RWKV_ChannelMix in RWKV-v4neo); it plays the part of the feed-forward layer.
 
-        out_t = sigmoid(W_r mix_r) * W_v max(W_k mix_k, 0)^2         (eq. 16-18), mix as in TimeMix
+        r_t = W_r (m_r * x_t + (1 - m_r) * x_{t-1})         and k_t alike
+        out_t = sigmoid(r_t) * W_v max(k_t, 0)^2
+
+    x (B, T, C); state x_{t-1} (B, C).
     """
 
     def __init__(self, config, layer):
@@ -124,7 +127,10 @@ class ChannelMix(nn.Module):
 
 
 class RWKVBlock(nn.Module):
-    """One layer: x + TimeMix(LN(x)), then x + ChannelMix(LN(x)). The first layer normalises its input, too (ln0)."""
+    """
+    One layer: x + TimeMix(LN(x)), then x + ChannelMix(LN(x)). x (B, T, C); state (that of TimeMix, that of ChannelMix).
+    The first layer also owns ln0, with which Model normalises what comes in.
+    """
 
     def __init__(self, config, layer):
         super().__init__()
@@ -165,7 +171,7 @@ class LSTMBlock(nn.Module):
 
     def forward(self, x, state):
         out, state = self.lstm(self.ln1(x), state)
-        return x + self.drop(out), state
+        return x + self.drop(out), tuple(part.detach() for part in state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ class BernoulliHead(nn.Module):
     def sample(self, logits, temperature=1.0, top_p=1.0, generator=None):
         p = torch.sigmoid(logits.float() / temperature)
         # nucleus sampling over the two outcomes of a unit: the likelier one alone where it has top_p of the mass
-        p = torch.where(p >= top_p, torch.ones_like(p), torch.where(1 - p >= top_p, torch.zeros_like(p), p))
+        p = torch.where(torch.maximum(p, 1 - p) >= top_p, (p > 0.5).to(p.dtype), p)
         return torch.rand(p.shape, generator=generator, device=p.device).lt(p).to(torch.uint8)
 
 
@@ -197,6 +203,8 @@ class ChordHead(nn.Module):
     Spells a frame from its lowest unit to its highest, one categorical choice at a time, until "done":
 
         p(frame) = prod_{j=1..K+1} softmax_{c > u_{j-1}}(logits(h, {u_1, .., u_{j-1}}))[u_j],     u_0 = -1, u_{K+1} = V ("done")
+
+        logits(h, S) = W_out gelu(W_hidden h + b_hidden + sum_{u in S} W_chosen[:, u]) + b_out
 
     Every set of units has exactly one spelling, so the probabilities of all 2^V frames sum to 1. This is NADE
     (Larochelle & Murray 2011) that walks over the units that are on instead of all V: about 5 small steps, not 88.
@@ -288,7 +296,11 @@ class Model(nn.Module):
                 nn.init.orthogonal_(p, gain=max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
     def forward(self, frames, state=None):
-        """frames (B, T, V) binary -> what the head needs of every frame (B, T, C or V), state after the last frame."""
+        """
+        frames (B, T, V) binary, T >= 1 -> what the head needs for the frame after each, (B, T, C or V), and the state.
+        state: (the last max(lookback) - 1 frames (B, .., V) or None, a list with the state of every block); gradients
+        do not flow through it.
+        """
         past, recurrent = (None, None) if state is None else state
         x = self.emb(frames.to(self.emb.weight.dtype))
         if self.config.lookback:
@@ -299,7 +311,7 @@ class Model(nn.Module):
             t = torch.arange(frames.shape[1], device=frames.device).unsqueeze(1)
             old = seen[:, M + 1 + t - self.lags].flatten(2)         # (B, T, lags * V)
             x = x + self.look(old.to(x.dtype))
-            past = seen[:, -M:]
+            past = seen[:, seen.shape[1] - M:]
         x = self.drop(self.blocks[0].ln0(x))
         recurrent = list(recurrent or [None] * len(self.blocks))
         for i, block in enumerate(self.blocks):

@@ -91,8 +91,8 @@ def synthesise(notes, tempo=120.0, beats_per_bar=4, rate=44100):
     start = np.round(onset * 60 / tempo * rate)
     held = np.round(np.clip((notes[:, 2] - onset) * 60 / tempo, 0.02, 12) * rate)  # by 12 s a string has died down
     if not (start + held).max() <= LONGEST * rate:
-        raise UserError(f'the tune lasts more than {LONGEST // 60} minutes at tempo {tempo:g}, too long for a WAV file: '
-                        'shorten it or raise the tempo')
+        raise UserError(f'the tune lasts more than {LONGEST // 60} minutes at tempo {tempo:g}, too long for a WAV '
+                        'file: shorten it or raise the tempo')
     start, held = start.astype(int), held.astype(int)
     beat = np.round(onset)
     velocity = np.where(np.abs(onset - beat) > 0.05, 0.7, np.where(beat % beats_per_bar > 0, 0.85, 1.0))
@@ -137,9 +137,9 @@ def write_wav(notes, path, tempo=120.0, beats_per_bar=4):
 # ------------------------------------------------------------------------------------------------ pictures
 
 # Text has a contrast of 4.5:1 or more to a white page and to a dark one, lines of colour too; the greys serve both.
-STYLE = '''path{fill:none}text{fill:#57606a;font:11px sans-serif}.title{font-size:14px;fill:#1f2328}.end{text-anchor:end}
-.mid{text-anchor:middle}.grid{stroke:#808080;stroke-opacity:.35}.edge{stroke:#808080}.row{stroke:#808080;stroke-opacity:.1}
-.white{fill:#fff}.black{stroke:#333}.prompt{fill:#808080;fill-opacity:.25}
+STYLE = '''path{fill:none}text{fill:#57606a;font:11px sans-serif}.title{font-size:14px;fill:#1f2328}
+.end{text-anchor:end}.mid{text-anchor:middle}.white{fill:#fff}.prompt{fill:#808080;fill-opacity:.25}.black{stroke:#333}
+.edge,.grid,.row{stroke:#808080}.grid{stroke-opacity:.35}.row{stroke-opacity:.1}
 %s@media(prefers-color-scheme:dark){text{fill:#9aa4af}.title{fill:#e6edf3}%s}'''
 LIGHT = '#c2410c #2563eb #15803d #a21caf #0e7490 #854d0e'.split()
 DARK = '#fb923c #60a5fa #4ade80 #e879f9 #22d3ee #facc15'.split()
@@ -176,7 +176,7 @@ def write_svg(notes, path, beats_per_bar=4, prompt_beats=0.0, title=''):
     tall = (high - low) * step
     body = [f'<text class="title" x="{left}" y="16">{title}</text><text class="end" x="{left + 896}" y="16">'
             '<tspan class="text0">■</tspan> melody <tspan class="text1">■</tspan> chords' +
-            ' <tspan class="prompt">■</tspan> prompt' * (prompt_beats > 0) + '</text>']
+            ' <tspan class="prompt edge">■</tspan> prompt' * (prompt_beats > 0) + '</text>']
     for line in range(math.ceil(bars / in_line)):
         top, begin, count = 28 + line * (tall + 34), line * in_line, min(in_line, bars - line * in_line)
         right = left + count * bar
@@ -209,7 +209,8 @@ def write_svg(notes, path, beats_per_bar=4, prompt_beats=0.0, title=''):
         for colour, part in enumerate((melody, ~melody)):
             spans = [(key, max(x(onset), left), min(x(end), right)) for key, onset, end in notes[here & part]]
             # a pixel less than its length tells a note from the next one on its key
-            draw(f'line{colour}', [f'M{_n(a + 0.5)} {y(key)}h{_n(max(b - a - 1, 1))}' for key, a, b in spans], step - 0.5)
+            marks = [f'M{_n(a + 0.5)} {y(key)}h{_n(max(b - a - 1, 1))}' for key, a, b in spans]
+            draw(f'line{colour}', marks, step - 0.5)
     _save(path, _svg(left + 902, 28 + math.ceil(bars / in_line) * (tall + 34), title or 'piano roll', body))
 
 
@@ -235,7 +236,8 @@ def terminal_roll(notes, width=80):
     lines = []
     for i in range(len(cells) - 2, -1, -2):
         name = f'{NAMES[(low + i) % 12]}{(low + i + 9) // 12}' if i == 0 or (low + i) % 12 == 3 else ''
-        lines.append(f'{name:<4}{"".join(" ▝▀▗▐▜▄▟█"[upper + 3 * lower] for lower, upper in zip(*cells[i:i + 2]))}'.rstrip())
+        line = ''.join(' ▝▀▗▐▜▄▟█'[upper + 3 * lower] for lower, upper in zip(*cells[i:i + 2]))
+        lines.append(f'{name:<4}{line}'.rstrip())
     beats = math.ceil(end.max() / grid)
     return '\n'.join([*lines, f'beats {first + 1} to {first + max(1, min(beats, columns // grid))} of {first + beats}, '
                               f'{grid} column{"s" * (grid > 1)} a beat'])
@@ -262,7 +264,8 @@ def _ticks(low, high, most):
     unit = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= (high - low) / most * (1 - 1e-9))
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [(i * step, f'{i * step:,.{digits}f}') for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+    marks = range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)
+    return [(i * step, f'{i * step:,.{digits}f}') for i in marks]
 
 
 def draw_losses(folder):
@@ -273,6 +276,7 @@ def draw_losses(folder):
     runs = [(name, points) for name, points in runs if len(points)]
     if not runs:
         return None
+    colour = {name: i % len(LIGHT) for i, (name, _) in enumerate(runs)}
     runs.sort(key=lambda run: -run[1][-1, 2])  # from the top of the chart to the bottom
     labels = [f'{_text(name, 24)} {points[:, 2].min():.3f}' for name, points in runs]
     # zoom to where the curves end up: the first tenth of a run falls from far above and would flatten the rest
@@ -302,18 +306,19 @@ def draw_losses(folder):
                         f'<text class="end" x="{left - 6}" y="{_n(y(loss) + 4)}">{name}</text>')
         for tick, name in _ticks(0, last, 5):
             x = _n(left + tick / last * wide)
-            body.append(f'<path class="edge" d="M{x} {top + tall}v4"/><text class="mid" x="{x}" y="{top + tall + 16}">{name}</text>')
+            body.append(f'<path class="edge" d="M{x} {top + tall}v4"/>'
+                        f'<text class="mid" x="{x}" y="{top + tall + 16}">{name}</text>')
         body.append(f'<path class="edge" d="M{left} {top + tall}h{_n(wide)}"/>'
                     f'<text class="mid" x="{_n(left + wide / 2)}" y="{top + tall + 32}">{unit}</text>')
-        for i, (label, (_, points)) in enumerate(zip(labels, runs)):
-            x, colour = points[:, panel] / last * wide, i % len(LIGHT)
+        for (name, points), label, height in zip(runs, labels, at):
+            x, c = points[:, panel] / last * wide, colour[name]
             line = ' '.join(f'{_n(a)} {_n(b - top)}' for a, b in zip(x, y(points[:, 2])))
             end = f'M{_n(left + x[-1])} {_n(y(points[-1, 2]))}'
             body.append(f'<svg x="{left}" y="{top}" width="{_n(wide)}" height="{tall}">'  # cuts off what leaves it
-                        f'<path class="line{colour}" stroke-width="2" d="M{line}"/></svg>'
-                        f'<path class="line{colour}" stroke-width="6" stroke-linecap="round" d="{end}h0"/>'
-                        f'<path class="grid" d="{end}L{_n(left + wide + 10)} {_n(at[i])}"/>'
-                        f'<text class="text{colour}" x="{_n(left + wide + 14)}" y="{_n(at[i] + 4)}">{label}</text>')
+                        f'<path class="line{c}" stroke-width="2" d="M{line}"/></svg>'
+                        f'<path class="line{c}" stroke-width="6" stroke-linecap="round" d="{end}h0"/>'
+                        f'<path class="grid" d="{end}L{_n(left + wide + 10)} {_n(height)}"/>'
+                        f'<text class="text{c}" x="{_n(left + wide + 14)}" y="{_n(height + 4)}">{label}</text>')
         body.append('</svg>')
     path = Path(folder) / 'loss.svg'
     _save(path, _svg(960, top + tall + 40, 'validation loss', body))

@@ -18,7 +18,7 @@ import time
 import torch
 from torch import Tensor
 
-CHUNK = 16  # frames in a chunk of time: few enough for a GPU thread's registers
+CHUNK = 12
 
 
 def wkv(w, u, k, v, state=None, backend=None):
@@ -130,29 +130,36 @@ def describe(device):
 
 
 class Args(ctypes.Structure):  # struct Args of wkv_cuda.cu
-    _fields_ = [(name, ctypes.c_int64) for name in "B T C bf16 parts where".split()]
-    _fields_ += [(name, ctypes.c_void_p) for name in "w u state last saved dwu k v y g dk dv".split()]
+    _fields_ = [("where", ctypes.c_int64), *((name, ctypes.c_int) for name in "B T C bf16 segments warps".split()),
+                *((name, ctypes.c_void_p) for name in "w u state last saved scan dwu k v y g dk dv".split())]
 
 
-def launch(name, parts, k, **tensors):
+def launch(name, split, k, **tensors):
     where = torch.cuda.current_stream().cuda_stream if k.is_cuda else torch.get_num_threads() if k.numel() > 1 << 14 else 1
-    args = Args(*k.shape, k.dtype == torch.bfloat16, parts, where, k=k.data_ptr(), **{n: t.data_ptr() for n, t in tensors.items()})
+    args = Args(where, *k.shape, k.dtype == torch.bfloat16, *split, k=k.data_ptr(), **{n: t.data_ptr() for n, t in tensors.items()})
     code = getattr(find_kernel(k.device.type)[0], name)(ctypes.byref(args))
     if code:
         raise RuntimeError(f"{name} failed with CUDA error {code}")
 
 
-def time_parts(k):
-    """Into how many parts time is cut for (B, T, C): as many as keep the machine busy, none without a chunk of its own."""
+def plan(k, parts=0):
+    """How time is split: into (segments, warps). As many as keep the machine busy; parts asks for a number, 1 is the walk."""
     B, T, C = k.shape
-    want = (1 << 17) // (B * C) if k.is_cuda else torch.get_num_threads() // (B * -(-C // 16))
-    return max(1, min(want, 16, -(-T // CHUNK)))
+    chunks = -(-T // CHUNK)
+    if k.is_cuda:
+        parts = parts or min(16, (1 << 17) // (B * C))
+        return 1, max(1, min(parts, 16, chunks))
+    parts = max(1, min(parts or torch.get_num_threads() // (B * -(-C // 16)), chunks))
+    return -(-chunks // -(-chunks // parts)), 1  # none is empty
 
 
 def launch_forward(w, u, k, v, state, parts=0):
     w, u, k, v, state = w.float().contiguous(), u.float().contiguous(), k.contiguous(), v.contiguous(), state.float().contiguous()
-    y, last, saved = torch.empty_like(v), torch.empty_like(state), state.new_empty(k.shape[0], -(-k.shape[1] // CHUNK), 3, k.shape[2])
-    launch("wkv_forward", parts or time_parts(k), w=w, u=u, k=k, v=v, state=state, last=last, saved=saved, y=y)
+    B, T, C = k.shape
+    split = plan(k, parts)
+    y, last, saved = torch.empty_like(v), torch.empty_like(state), state.new_empty(B, -(-T // CHUNK), 3, C)
+    scan = state.new_empty(B, split[0], 4, C) if split[0] > 1 else saved
+    launch("wkv_forward", split, k, w=w, u=u, v=v, state=state, last=last, saved=saved, y=y, scan=scan)
     return y, last, saved
 
 
@@ -172,10 +179,11 @@ def _(w, u, k, v, state, parts=0):
 def kernel_backward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, saved: Tensor, g: Tensor,
                     parts: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w32, u32, k, v, saved, g = w.float().contiguous(), u.float().contiguous(), k.contiguous(), v.contiguous(), saved.contiguous(), g.contiguous()
-    parts = parts or time_parts(k)
-    dk, dv, dwu = torch.empty_like(k), torch.empty_like(v), saved.new_empty(parts, k.shape[0], 2, k.shape[2])
+    B, T, C = k.shape
+    split = plan(k, parts)
+    dk, dv, dwu, scan = torch.empty_like(k), torch.empty_like(v), w32.new_empty(B, split[0] * split[1], 2, C), w32.new_empty(B, split[0], 4, C)
     with torch.cuda.device_of(k):
-        launch("wkv_backward", parts, w=w32, u=u32, k=k, v=v, saved=saved, g=g, dk=dk, dv=dv, dwu=dwu)
+        launch("wkv_backward", split, k, w=w32, u=u32, v=v, saved=saved, g=g, dk=dk, dv=dv, dwu=dwu, scan=scan)
     dw, du = dwu.sum((0, 1))
     return dw.to(w.dtype, copy=True), du.to(u.dtype, copy=True), dk, dv
 

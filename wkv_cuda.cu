@@ -24,20 +24,27 @@ and passes back g (1-f) + (1-h) M and c - q. That is linear in M and L, so a who
 Forward saves the state at the start of each chunk; backward needs nothing else. */
 #include <math.h>
 #include <stdint.h>
+#ifndef CHUNK
+#define CHUNK 16
+#endif
 
-#ifdef __CUDACC__  // --- what differs between a GPU thread and a CPU vector: F is one channel there, LANES channels here
-typedef float F;
+#ifdef __CUDACC__  // --- what differs: on the GPU an F is one channel, and a block has THREADS of them, times up to WARPS chunks
+#define LANES 1
+#define THREADS 32
+#define WARPS 16
+#define PADDED 1  // chunks are filled up with steps that weigh nothing, so that every loop has a constant length
 #define FN __device__ __forceinline__
+typedef float F;
 FN F exp_minus(F x) { return __expf(-fabsf(x)); }  // e^-|x|
 FN F inverse(F x) { return __fdividef(1.f, x); }
 FN bool negative(F x) { return signbit(x); }  // -0 too
-FN F get(const float* p, int) { return *p; }
-FN F get(const uint16_t* p, int) { return __uint_as_float((uint32_t)*p << 16); }  // bfloat16
-FN void put(float* p, F x, int) { *p = x; }
-FN void put(uint16_t* p, F x, int) { *p = (__float_as_uint(x) + 0x7fff + (__float_as_uint(x) >> 16 & 1)) >> 16; }
-#else
-#include <string.h>
-#include <vector>
+FN void fetch(const void*) {}
+FN F get(const float* p, int m) { return m ? *p : 0; }  // m: how many of the LANES channels at p exist
+FN F get(const uint16_t* p, int m) { return m ? __uint_as_float((uint32_t)*p << 16) : 0; }  // bfloat16
+FN void put(float* p, F x, int m) { if (m) *p = x; }
+FN void put(uint16_t* p, F x, int m) { if (m) *p = (__float_as_uint(x) + 0x7fff + (__float_as_uint(x) >> 16 & 1)) >> 16; }
+#else  // on the CPU an F is a vector of channels, and a block is the work of one core
+#include <stddef.h>
 #ifdef __AVX512F__
 #define LANES 16
 #elif defined(__AVX__)
@@ -45,11 +52,20 @@ FN void put(uint16_t* p, F x, int) { *p = (__float_as_uint(x) + 0x7fff + (__floa
 #else
 #define LANES 4
 #endif
+#define THREADS 1
+#define WARPS 1
+#define PADDED 0
+#define FN inline __attribute__((always_inline))
+#define __global__ static
+#define __shared__
+#define __launch_bounds__(n, m)
+#define __syncthreads()
+static thread_local struct { int64_t x, y; } blockIdx;
+static constexpr struct { int x, y; } threadIdx = {0, 0}, blockDim = {1, 1};
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
-#define FN inline __attribute__((always_inline))
 FN F exp_minus(F x) {  // 2^n e^r, |r| <= ln(2)/2, e^r as a polynomial: relative error 1e-7
     x = (F)((I)x | INT32_MIN);
     x = x < -87.f ? F() - 87.f : x;  // 1.6e-38 stands for everything less
@@ -60,12 +76,19 @@ FN F exp_minus(F x) {  // 2^n e^r, |r| <= ln(2)/2, e^r as a polynomial: relative
 }
 FN F inverse(F x) { return 1.f / x; }
 FN I negative(F x) { return (I)x < 0; }
-template <class V, class Io> FN V load(const Io* p, int m) {  // m live channels, fewer than LANES at the end of C
+FN void fetch(const void* p) { __builtin_prefetch(p); }
+template <class V, class Io> FN V load(const Io* p, int m) {
+    typedef V Unaligned __attribute__((aligned(sizeof(Io)), may_alias));
     V x = {};
-    memcpy(&x, p, m == LANES ? sizeof x : m * sizeof *p);
+    if (m == LANES) return *(const Unaligned*)p;
+    for (int i = 0; i < m; i++) x[i] = p[i];
     return x;
 }
-template <class V, class Io> FN void store(Io* p, V x, int m) { memcpy(p, &x, m == LANES ? sizeof x : m * sizeof *p); }
+template <class V, class Io> FN void store(Io* p, V x, int m) {
+    typedef V Unaligned __attribute__((aligned(sizeof(Io)), may_alias));
+    if (m == LANES) *(Unaligned*)p = x;
+    else for (int i = 0; i < m; i++) p[i] = x[i];
+}
 FN F get(const float* p, int m) { return load<F>(p, m); }
 FN F get(const uint16_t* p, int m) { return (F)(__builtin_convertvector(load<H>(p, m), U) << 16); }
 FN void put(float* p, F x, int m) { store(p, x, m); }
@@ -94,6 +117,10 @@ FN void absorb(State& s, F w, F k, F v) {
     s.a = old * s.a + now * v;
     s.b = old * s.b + now;
     advance(s, w, x, k);
+}
+FN void own_sums(State& s, F w, const F* k, const F* v, int len) {
+    #pragma unroll
+    for (int i = 0; i < len; i++) absorb(s, w, k[i], v[i]);
 }
 FN void join(State& s, const State& next, F w, float len) {  // s, then len steps that by themselves give next
     F x = (next.p - s.p) + (s.n + len - next.n) * w, old, now;
@@ -160,178 +187,135 @@ FN void gradients(Adjoint& s, F& dw, F& du, F* k, F* v, const F* g, const F* f_,
 
 // --- memory. wkv.py fills in Args; tensors are contiguous, (B, T, C) ones float32 or bfloat16 (Io), the others float32.
 struct Args {
-    int64_t B, T, C, bf16, parts, where;  // where: the number of threads (CPU) or the stream (GPU)
-    float *w, *u, *state, *last, *saved, *dwu;  // (C), (C), (B, 3, C), the same, (B, ceil(T/CHUNK), 3, C), (parts, B, 2, C)
+    int64_t where;  // how many threads (CPU), which stream (GPU)
+    int B, T, C, bf16, segments, warps;
+    float *w, *u, *state, *last;  // (C), (C), (B, 3, C), (B, 3, C)
+    float *saved, *scan, *dwu;  // (B, ceil(T / CHUNK), 3, C), (B, segments, 4, C), (B, segments * warps, 2, C)
     void *k, *v, *y, *g, *dk, *dv;  // (B, T, C)
 };
-struct Place { int64_t b, c, part; int m; };  // channels c to c + m - 1 of batch row b; m = 0 is past the last one
-
-FN int64_t step(const Args& a, Place me, int64_t t) { return (me.b * a.T + t) * a.C + me.c; }
-template <class Io> FN void read(F* x, const void* p, const Args& a, Place me, int64_t t, float none = 0.f) {
+struct Site {  // of one F: m channels from c on of batch row b (0 past the last channel), steps begin to end - 1
+    int C, m, b, c, begin, end, span;
+    FN Site(const Args& a) {
+        C = a.C;
+        const int blocks = (C + THREADS * LANES - 1) / (THREADS * LANES), chunks = (a.T + CHUNK - 1) / CHUNK;
+        b = blockIdx.x / blocks, c = (blockIdx.x % blocks * THREADS + threadIdx.x) * LANES;
+        m = C - c >= LANES ? LANES : C > c ? C - c : 0;
+        span = (chunks + a.segments - 1) / a.segments * CHUNK;
+        begin = blockIdx.y * span, end = begin + span < a.T ? begin + span : a.T;
+    }
+    FN int64_t at(int rows, int row, int width) const { return ((int64_t)b * rows + row) * width * C + c; }
+};
+template <class Io> FN void read(F* x, const void* p, const Site& me, int64_t at, int live, int ahead, float none) {
+    const Io* row = (const Io*)p + at;
     #pragma unroll
-    for (int i = 0; i < CHUNK; i++) x[i] = me.m && t + i < a.T ? get((const Io*)p + step(a, me, t + i), me.m) : F() + none;
+    for (int i = 0; i < CHUNK; i++) {
+        x[i] = i < live ? get(row + i * me.C, me.m) : F() + none;
+        fetch(row + (i + ahead) * me.C);
+    }
 }
-template <class Io> FN void write(void* p, const F* x, const Args& a, Place me, int64_t t) {
+template <class Io> FN void write(void* p, const F* x, const Site& me, int64_t at, int live) {
     #pragma unroll
-    for (int i = 0; i < CHUNK; i++) if (me.m && t + i < a.T) put((Io*)p + step(a, me, t + i), x[i], me.m);
+    for (int i = 0; i < CHUNK; i++) if (i < live) put((Io*)p + at + i * me.C, x[i], me.m);
 }
-FN float* slot(float* p, const Args& a, Place me, int64_t chunk, int64_t chunks) { return p + (me.b * chunks + chunk) * 3 * a.C + me.c; }
-FN State load_state(const float* p, const Args& a, Place me) {
-    return {get(p, me.m), get(p + a.C, me.m), get(p + 2 * a.C, me.m), F()};
-}
-FN void save_state(float* p, const Args& a, Place me, const State& s, F w) {  // p - nw as one float; what it rounds off goes to a, b
+FN State load_state(const float* p, const Site& me) { return {get(p, me.m), get(p + me.C, me.m), get(p + 2 * me.C, me.m), F()}; }
+FN void save_state(float* p, const Site& me, const State& s, F w) {  // p - nw as one float; what it rounds off goes to a and b
     F p_nw = s.p - s.n * w, rest = (s.p - p_nw) - s.n * w, e = exp_minus(rest);
     e = rest > 0.f ? inverse(e) : e;
-    put(p, s.a * e, me.m), put(p + a.C, s.b * e, me.m), put(p + 2 * a.C, p_nw, me.m);
+    put(p, s.a * e, me.m), put(p + me.C, s.b * e, me.m), put(p + 2 * me.C, p_nw, me.m);
 }
 
-#ifdef __CUDACC__  // --- GPU: a block has 32 channels (threadIdx.x) of up to PARTS neighbouring chunks (threadIdx.y)
-// Steps past the end of time weigh nothing, their k lies below every state's p. What is shared has two halves, used in turns:
-// whoever writes to one knows by the last barrier that all have read it, so a round of the loop needs only one __syncthreads().
-#define PARTS 16
-__device__ Place place(const Args& a) {
-    int64_t column = blockIdx.x * 32LL + threadIdx.x;
-    bool live = column < a.B * a.C;
-    return {live ? column / a.C : 0, live ? column % a.C : 0, threadIdx.y, live};
-}
-template <class Io> __global__ void __launch_bounds__(32 * PARTS) forward(const Args a) {
-    __shared__ State sums[2][PARTS][32], carry[2][32];
-    const Place me = place(a);
-    const int lane = threadIdx.x, parts = blockDim.y;
-    const int64_t chunks = (a.T + CHUNK - 1) / CHUNK;
-    const F w = a.w[me.c], u = a.u[me.c];
-    State s = load_state(slot(a.state, a, me, 0, 1), a, me);
-    if (me.part == 0) carry[0][lane] = s;
-    int64_t chunk = me.part;
-    for (int odd = 0; chunk - me.part < chunks; chunk += parts, odd ^= 1) {
+// --- the passes. Memory that threads share has two halves, used in turns: whoever writes to one knows by the last barrier that
+// all have read it, so that a turn needs a single __syncthreads(). A step past the end has its k below every state's p.
+template <class Io> __global__ void __launch_bounds__(THREADS * WARPS, 1) forward(const Args a, const int pass) {
+    __shared__ State sums[2][WARPS][THREADS], carry[2][THREADS];
+    const Site me(a);
+    const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, stretch = warps * CHUNK;
+    const F w = get(a.w + me.c, me.m), u = get(a.u + me.c, me.m);
+    State s = NOTHING;
+    if (pass == 3) {
+        s = load_state(a.state + me.at(1, 0, 3), me);
+        for (int i = 0; i < blockIdx.y; i++) join(s, load_state(a.scan + me.at(a.segments, i, 4), me), w, me.span);
+    }
+    if (warp == 0) carry[0][lane] = s;
+    int t = me.begin + warp * CHUNK;
+    for (int odd = 0; t - warp * CHUNK < me.end; t += stretch, odd ^= 1) {
+        const int64_t at = me.at(a.T, t, 1);
+        const int live = me.end - t < CHUNK ? me.end - t : CHUNK, len = PADDED ? CHUNK : live;
         F k[CHUNK], v[CHUNK];
-        read<Io>(k, a.k, a, me, chunk * CHUNK, -2e38f);
-        read<Io>(v, a.v, a, me, chunk * CHUNK);
-        s = NOTHING;
-        #pragma unroll
-        for (int i = 0; i < CHUNK; i++) if (me.part < parts - 1) absorb(s, w, k[i], v[i]);  // nobody asks for the last one's
-        sums[odd][me.part][lane] = s;
+        read<Io>(k, a.k, me, at, live, stretch, -2e38f);
+        read<Io>(v, a.v, me, at, live, stretch, 0.f);
+        State own = NOTHING;
+        if (pass == 1 || warp < warps - 1) own_sums(own, w, k, v, len);
+        sums[odd][warp][lane] = own;
         __syncthreads();
         s = carry[odd][lane];
-        for (int i = 0; i < me.part; i++) join(s, sums[odd][i][lane], w, CHUNK);
-        if (me.m && chunk < chunks) save_state(slot(a.saved, a, me, chunk, chunks), a, me, s, w);
-        outputs(s, w, u, k, v, CHUNK);
-        write<Io>(a.y, v, a, me, chunk * CHUNK);
-        if (me.part == parts - 1) carry[odd ^ 1][lane] = s;
+        for (int i = 0; i < warp; i++) join(s, sums[odd][i][lane], w, CHUNK);
+        if (pass == 3) {
+            if (live > 0) save_state(a.saved + me.at((a.T + CHUNK - 1) / CHUNK, t / CHUNK, 3), me, s, w);
+            outputs(s, w, u, k, v, len);
+            write<Io>(a.y, v, me, at, live);
+        } else join(s, own, w, len);
+        if (warp == warps - 1) carry[odd ^ 1][lane] = s;
     }
-    s.n -= (chunk - me.part) * CHUNK - a.T;
-    if (me.m && me.part == parts - 1) save_state(slot(a.last, a, me, 0, 1), a, me, s, w);
+    if (PADDED) s.n -= float(t - warp * CHUNK - me.end);
+    if (warp == warps - 1 && pass == 1) save_state(a.scan + me.at(a.segments, blockIdx.y, 4), me, s, w);
+    if (warp == warps - 1 && pass == 3 && me.end == a.T) save_state(a.last + me.at(1, 0, 3), me, s, w);
 }
-template <class Io> __global__ void __launch_bounds__(32 * PARTS) backward(const Args a) {
-    __shared__ Adjoint maps[2][PARTS][32], carry[2][32];
-    const Place me = place(a);
-    const int lane = threadIdx.x, parts = blockDim.y;
-    const int64_t chunks = (a.T + CHUNK - 1) / CHUNK;
-    const F w = a.w[me.c], u = a.u[me.c];
-    F dw = 0, du = 0;
-    if (me.part == 0) carry[0][lane] = IDENTITY;
-    int64_t chunk = (chunks - 1) / parts * parts + me.part;
-    for (int odd = 0; chunk >= 0; chunk -= parts, odd ^= 1) {
+template <class Io> __global__ void __launch_bounds__(THREADS * WARPS, 1) backward(const Args a, const int pass) {
+    __shared__ Adjoint maps[2][WARPS][THREADS], carry[2][THREADS];
+    const Site me(a);
+    const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, stretch = warps * CHUNK;
+    const F w = get(a.w + me.c, me.m), u = get(a.u + me.c, me.m);
+    F dw = F(), du = F();
+    Adjoint next = IDENTITY;
+    for (int i = a.segments - 1; pass == 3 && i > blockIdx.y; i--) {
+        const float* p = a.scan + me.at(a.segments, i, 4);
+        pass_back(next, {get(p, me.m), get(p + me.C, me.m), get(p + 2 * me.C, me.m), get(p + 3 * me.C, me.m)});
+    }
+    if (warp == 0) carry[0][lane] = next;
+    int t = me.begin + (me.end - 1 - me.begin) / stretch * stretch + warp * CHUNK;
+    for (int odd = 0; t >= me.begin; t -= stretch, odd ^= 1) {
+        const int64_t at = me.at(a.T, t, 1);
+        const int live = me.end - t < CHUNK ? me.end - t : CHUNK, len = PADDED ? CHUNK : live;
         F k[CHUNK], v[CHUNK], g[CHUNK], f[CHUNK];
-        read<Io>(k, a.k, a, me, chunk * CHUNK, -2e38f);
-        read<Io>(v, a.v, a, me, chunk * CHUNK);
-        read<Io>(g, a.g, a, me, chunk * CHUNK);
-        State s = {0, 1, 0, 0};
-        if (me.m && chunk < chunks) s = load_state(slot(a.saved, a, me, chunk, chunks), a, me);
+        read<Io>(k, a.k, me, at, live, -stretch, -2e38f);
+        read<Io>(v, a.v, me, at, live, -stretch, 0.f);
+        read<Io>(g, a.g, me, at, live, -stretch, 0.f);
+        State s = {F(), F() + 1.f, F(), F()};
+        if (live > 0) s = load_state(a.saved + me.at((a.T + CHUNK - 1) / CHUNK, t / CHUNK, 3), me);
         Adjoint own = IDENTITY;
-        gates(own, s, w, u, k, v, g, f, CHUNK);
-        maps[odd][me.part][lane] = own;
+        gates(own, s, w, u, k, v, g, f, len);
+        maps[odd][warp][lane] = own;
         __syncthreads();
-        Adjoint next = carry[odd][lane];
-        for (int i = parts - 1; i > me.part; i--) pass_back(next, maps[odd][i][lane]);
-        gradients(next, dw, du, k, v, g, f, CHUNK);
-        write<Io>(a.dk, k, a, me, chunk * CHUNK);
-        write<Io>(a.dv, v, a, me, chunk * CHUNK);
-        if (me.part == 0) carry[odd ^ 1][lane] = next;
+        next = carry[odd][lane];
+        for (int i = warps - 1; i > warp; i--) pass_back(next, maps[odd][i][lane]);
+        if (pass == 3) {
+            gradients(next, dw, du, k, v, g, f, len);
+            write<Io>(a.dk, k, me, at, live);
+            write<Io>(a.dv, v, me, at, live);
+        } else pass_back(next, own);
+        if (warp == 0) carry[odd ^ 1][lane] = next;
     }
-    float* out = a.dwu + (me.part * a.B + me.b) * 2 * a.C + me.c;
-    if (me.m) out[0] = dw, out[a.C] = du;
-}
-static int run(void (*kernel)(Args), const Args& a) {
-    kernel<<<(a.B * a.C + 31) / 32, dim3(32, a.parts), 0, (cudaStream_t)a.where>>>(a);
-    return cudaGetLastError();
-}
-
-#else  // --- CPU: a job is one vector of channels over one part of time
-struct Jobs {
-    int64_t vectors, count, chunks, span;  // span: chunks in a part
-    Jobs(const Args& a) : vectors((a.C + LANES - 1) / LANES), count(a.B * vectors * a.parts), chunks((a.T + CHUNK - 1) / CHUNK),
-        span((chunks + a.parts - 1) / a.parts) {}
-    Place place(const Args& a, int64_t job) const {
-        int64_t i = job / a.parts, c = i % vectors * LANES;
-        return {i / vectors, c, job % a.parts, int(a.C - c < LANES ? a.C - c : LANES)};
+    if (pass == 3) {
+        float* p = a.dwu + me.at(a.segments * warps, blockIdx.y * warps + warp, 2);
+        put(p, dw, me.m), put(p + me.C, du, me.m);
+    } else if (warp == 0) {
+        float* p = a.scan + me.at(a.segments, blockIdx.y, 4);
+        put(p, next.M, me.m), put(p + me.C, next.L, me.m), put(p + 2 * me.C, next.R, me.m), put(p + 3 * me.C, next.S, me.m);
     }
-    int64_t end(Place me) const { return (me.part + 1) * span < chunks ? (me.part + 1) * span : chunks; }
-};
-template <class Io> static void forward(const Args a) {
-    const Jobs jobs(a);
-    std::vector<State> sums(jobs.count);
-    for (int pass = a.parts > 1 ? 1 : 3; pass <= 3; pass += 2) {
+}
+static int run(void (*kernel)(Args, int), const Args& a) {
+    const int64_t blocks = a.B * ((a.C + THREADS * LANES - 1) / (THREADS * LANES));
+    for (int pass = a.segments > 1 ? 1 : 3; pass <= 3; pass += 2) {
+#ifdef __CUDACC__
+        kernel<<<dim3(blocks, a.segments), dim3(THREADS, a.warps), 0, (cudaStream_t)a.where>>>(a, pass);
+        if (int error = cudaGetLastError()) return error;
+#else
         #pragma omp parallel for schedule(dynamic) num_threads(a.where)
-        for (int64_t job = 0; job < jobs.count; job++) {
-            const Place me = jobs.place(a, job);
-            const F w = get(a.w + me.c, me.m), u = get(a.u + me.c, me.m);
-            State s = NOTHING;
-            if (pass == 3) {
-                s = load_state(slot(a.state, a, me, 0, 1), a, me);
-                for (int64_t i = job - me.part; i < job; i++) join(s, sums[i], w, jobs.span * CHUNK);
-            }
-            for (int64_t chunk = me.part * jobs.span; chunk < jobs.end(me); chunk++) {
-                const int len = a.T - chunk * CHUNK < CHUNK ? a.T - chunk * CHUNK : CHUNK;
-                F k[CHUNK], v[CHUNK];
-                read<Io>(k, a.k, a, me, chunk * CHUNK);
-                read<Io>(v, a.v, a, me, chunk * CHUNK);
-                if (pass == 3) {
-                    save_state(slot(a.saved, a, me, chunk, jobs.chunks), a, me, s, w);
-                    outputs(s, w, u, k, v, len);
-                    write<Io>(a.y, v, a, me, chunk * CHUNK);
-                    if (chunk == jobs.chunks - 1) save_state(slot(a.last, a, me, 0, 1), a, me, s, w);
-                } else for (int i = 0; i < len; i++) absorb(s, w, k[i], v[i]);
-            }
-            if (pass == 1) sums[job] = s;
-        }
-    }
-}
-template <class Io> static void backward(const Args a) {
-    const Jobs jobs(a);
-    std::vector<Adjoint> maps(jobs.count);
-    for (int pass = a.parts > 1 ? 1 : 3; pass <= 3; pass += 2) {
-        #pragma omp parallel for schedule(dynamic) num_threads(a.where)
-        for (int64_t job = 0; job < jobs.count; job++) {
-            const Place me = jobs.place(a, job);
-            const F w = get(a.w + me.c, me.m), u = get(a.u + me.c, me.m);
-            F dw = {}, du = {};
-            Adjoint next = IDENTITY;
-            if (pass == 3) for (int64_t i = job - me.part + a.parts - 1; i > job; i--) pass_back(next, maps[i]);
-            for (int64_t chunk = jobs.end(me) - 1; chunk >= me.part * jobs.span; chunk--) {
-                const int len = a.T - chunk * CHUNK < CHUNK ? a.T - chunk * CHUNK : CHUNK;
-                F k[CHUNK], v[CHUNK], g[CHUNK], f[CHUNK];
-                read<Io>(k, a.k, a, me, chunk * CHUNK);
-                read<Io>(v, a.v, a, me, chunk * CHUNK);
-                read<Io>(g, a.g, a, me, chunk * CHUNK);
-                Adjoint own = IDENTITY;
-                gates(own, load_state(slot(a.saved, a, me, chunk, jobs.chunks), a, me), w, u, k, v, g, f, len);
-                if (pass == 3) {
-                    gradients(next, dw, du, k, v, g, f, len);
-                    write<Io>(a.dk, k, a, me, chunk * CHUNK);
-                    write<Io>(a.dv, v, a, me, chunk * CHUNK);
-                } else pass_back(next, own);
-            }
-            if (pass == 1) maps[job] = next;
-            else {
-                float* out = a.dwu + (me.part * a.B + me.b) * 2 * a.C + me.c;
-                put(out, dw, me.m), put(out + a.C, du, me.m);
-            }
-        }
-    }
-}
-static int run(void (*work)(Args), const Args& a) { return work(a), 0; }
+        for (int64_t i = 0; i < blocks * a.segments; i++) blockIdx = {i / a.segments, i % a.segments}, kernel(a, pass);
 #endif
-
+    }
+    return 0;
+}
 extern "C" int wkv_forward(const Args* a) { return a->bf16 ? run(forward<uint16_t>, *a) : run(forward<float>, *a); }
 extern "C" int wkv_backward(const Args* a) { return a->bf16 ? run(backward<uint16_t>, *a) : run(backward<float>, *a); }
