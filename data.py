@@ -18,7 +18,7 @@ import torch
 
 LOWEST, KEYS = 21, 88  # the piano: A0 is MIDI note 21, C8 is 108
 MAX_FRAMES = 100_000  # longest song we accept: 3.5 hours at 4 steps a beat and 120 beats a minute
-MAX_FILE = 4 << 20  # bytes in one music file; a symphony has 0.5 MB
+MAX_FILE = 4 << 20  # bytes in one music file: bounds what a hostile one can cost (7 s, 0.9 GB)
 MAX_ARCHIVE = 1 << 30  # bytes of music in one zip, unpacked
 SPLITS = ('train', 'valid', 'test')
 
@@ -62,7 +62,7 @@ def _read_bytes(file, name, kind):
         raise UserError(f'cannot read {file} ({e.strerror}): give the path of {kind}') from None
     name = name or (kind if is_open else Path(file).name)
     if len(data) > MAX_FILE:
-        raise UserError(f'{name} is larger than {MAX_FILE >> 20} MB, no piece of music needs that: leave it out')
+        raise UserError(f'{name} is larger than {MAX_FILE >> 20} MB, more than music needs: leave it out')
     return data, name
 
 
@@ -136,20 +136,23 @@ def write_midi(notes, path, tempo=120.0):
         now = tick
     buffer = io.BytesIO()
     mido.MidiFile(type=0, ticks_per_beat=480, tracks=[track]).save(file=buffer)
-    try:
-        _write_whole(path, buffer.getvalue())
-    except OSError as e:
-        raise UserError(f'cannot write {path} ({e.strerror}): give a path you may write to') from None
+    write_whole(path, buffer.getvalue())
 
 
-def _write_whole(path, data):
+def write_whole(path, content):
+    """Write bytes to a file that is there whole or not at all, even if the machine stops: to a temporary file, then
+    flush, fsync, rename. Raises UserError if that fails; the file keeps what it had."""
     part = f'{path}.{os.getpid()}.part'
     try:
         with open(part, 'wb') as f:
-            f.write(data)
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as e:
+        raise UserError(f'cannot write {path} ({e.strerror}): make room, or give a path you may write to') from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.remove(part)
 
 
@@ -183,8 +186,8 @@ def read_abc(path, name=None):
     """Read the tunes of an ABC file (a path, or a binary file object) into a list of Songs.
 
     Repeats are played out, grace notes and ornaments left out; chord symbols are close triads below the melody,
-    each held to the next symbol. A tune that uses something else (voices, parts, overlays, jumps) is skipped, and
-    one line on stderr names the tune and the thing. Raises UserError if there is no tune at all.
+    each held to the next one. A tune that uses something else (voices, parts, overlays, jumps) is skipped, and one
+    line on stderr names the tune and the thing. Raises UserError if there is no tune at all.
     Source: the ABC music standard 2.1 (December 2011).
     """
     data, name = _read_bytes(path, name, 'an ABC file')
@@ -355,7 +358,7 @@ def _spell(music, page):
 
 def _unfold(events):
     """Events in the order of playing. A repeat goes back to the latest |: or, if it has none, to the latest
-    double bar, end of a repeat, or start of the tune; on each turn the endings that are not for it are skipped."""
+    double bar, end of a repeat, or start of the tune; on each turn the endings of other turns are skipped."""
     def ending_after(i):  # for which turns is the ending that follows immediately?
         while i < len(events) and events[i][0] == 'bar' and not events[i][1]:
             i += 1
@@ -534,21 +537,20 @@ class Dataset:
     def beats(self, split):
         return self.frames(split) / self.steps_per_beat
 
-    def batch(self, split, batch_size, block_size, transpose, rng):
-        """Windows cut at random places of a split's tape: (B, block_size + 1, V) torch.uint8.
+    def batch(self, split, batch_size, block_size, transpose, rng, history=0):
+        """Windows cut at random places of a split's tape, with the `history` frames before each window (empty ones
+        before the tape begins): (B, history + block_size + 1, V) torch.uint8.
 
         Each window is moved up or down by a random interval of at most `transpose` semitones that keeps its
-        notes on the keyboard. rng: np.random.Generator. Raises UserError if the split is shorter than a window."""
+        notes on the keyboard. rng: np.random.Generator. Raises UserError if the split is too short for one."""
         tape, B, T = self.tapes[split], batch_size, block_size + 1
         length = int(tape.bounds[-1]) + 1
         if length < T:
             raise UserError(f'the {split} songs have {length} frames, too few for --block_size={block_size}: '
                             f'use --block_size={length - 1} or less, or more music')
-        start = rng.integers(0, length - T + 1, B)
+        start, T = rng.integers(0, length - T + 1, B) - history, T + history
         lo, hi = np.searchsorted(tape.reach, start, 'right'), np.searchsorted(tape.on, start + T)
         note, row = _ranges(lo, hi - lo), np.repeat(np.arange(B), hi - lo)
-        lasts = tape.end[note] > start[row]
-        note, row = note[lasts], row[lasts]
         key = tape.key[note].astype(np.int64)
         lowest, highest = np.full(B, KEYS - 1), np.zeros(B, dtype=np.int64)
         np.minimum.at(lowest, row, key)
@@ -597,8 +599,8 @@ ZIP_ERRORS = (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, z
 def load(data='nottingham', steps_per_beat=4, onsets=True, common_key=False, log=print):
     """Read music into a Dataset.
 
-    data: 'nottingham' (1,037 folk tunes, split as in Boulanger-Lewandowski et al. 2012; nottingham.zip beside this
-        file, else downloaded, else tunes.abc instead), or the path of a folder, .zip, .mid, .midi or .abc.
+    data: 'nottingham' (1,037 folk tunes, split as in Boulanger-Lewandowski et al. 2012; nottingham.zip beside
+        this file, or a download, or tunes.abc instead), or the path of a folder, .zip, .mid, .midi or .abc.
     Folders named train, valid and test are the splits; without them a hash of the name splits songs 8:1:1.
     common_key: move every song to C major or A minor. log gets one line for each notice.
     What cannot be read is skipped and named on stderr. Raises UserError if no song is left.
@@ -620,7 +622,7 @@ def load(data='nottingham', steps_per_beat=4, onsets=True, common_key=False, log
                 shift = common_key_shift(song) if common_key else 0
                 songs.append((name, song._replace(notes=np.float32(song.notes + [shift, 0, 0]))))
             else:
-                skipped.append(f'{song.name} is longer than {MAX_FRAMES:,} steps: cut it or lower --steps_per_beat')
+                skipped.append(f'{song.name} has more than {MAX_FRAMES:,} steps: cut it or lower --steps_per_beat')
     if not songs:
         raise UserError(f'no song in {data} can be used: {skipped[0]}')
     for sentence in skipped[:5] + [f'{len(skipped) - 5:,} more'] * (len(skipped) > 5):
@@ -661,7 +663,8 @@ def _zip_members(file, path):
     for name in archive.namelist():
         if re.match(r'[\\/]|[A-Za-z]:[\\/]', name) or '..' in re.split(r'[\\/]', name):
             raise UserError(f'{path} holds a path that climbs out of it ({name}): do not trust it')
-    members = sorted((m for m in archive.infolist() if m.filename.lower().endswith(MUSIC)), key=lambda m: m.filename)
+    members = [m for m in archive.infolist() if m.filename.lower().endswith(MUSIC)]
+    members.sort(key=lambda m: m.filename)
     if sum(m.file_size for m in members) > MAX_ARCHIVE:  # zipfile reads no more of a member than it declares
         raise UserError(f'{path} unpacks to more than {MAX_ARCHIVE >> 30} GB of music: use a smaller one')
     return [(m.filename, functools.partial(archive.open, m)) for m in members]
@@ -696,21 +699,23 @@ def _nottingham(log):
         local = origin == NOTTINGHAM
         if local and not NOTTINGHAM.exists():
             continue
+        host = str(NOTTINGHAM) if local else origin.split('/')[2]
         try:
             if not local:
-                log(f'downloading Nottingham from {origin.split("/")[2]}')
+                log(f'downloading Nottingham from {host}')
             files = _nottingham_files(NOTTINGHAM.read_bytes() if local else _download(origin))
         except ZIP_ERRORS as e:  # a UserError is a ValueError
-            trouble.append(f'{origin}: {e}')
-            if local:
-                log(f'cannot use {trouble[0]}')
+            trouble.append(f'{host}: {e}')
             continue
         if not local:
             _keep(files, log)
+        if trouble:
+            log(f'could not use {"; ".join(trouble)}')
         return f'Nottingham, {NOTTINGHAM}', [(name, functools.partial(io.BytesIO, files[name])) for name in files]
+    trouble = '; '.join(trouble)
     if not TUNES.exists():
-        raise UserError(f'there is neither Nottingham nor {TUNES}: give --data your own music ({"; ".join(trouble)})')
-    log(f'no Nottingham, so {TUNES.name} it is; put nottingham.zip beside it for a change ({"; ".join(trouble)})')
+        raise UserError(f'there is neither Nottingham ({trouble}) nor {TUNES}: give --data your own music')
+    log(f'no Nottingham ({trouble}), so this is the bundled {TUNES.name}; put nottingham.zip beside it to change that')
     return f'{TUNES.name}, for want of Nottingham', [(TUNES.name, functools.partial(open, TUNES, 'rb'))]
 
 
@@ -755,6 +760,6 @@ def _keep(files, log):
         for name in sorted(files):
             archive.writestr(zipfile.ZipInfo(f'Nottingham/{name}'), files[name], zipfile.ZIP_DEFLATED)
     try:
-        _write_whole(NOTTINGHAM, buffer.getvalue())
-    except OSError as e:
-        log(f'cannot keep it in {NOTTINGHAM} ({e.strerror}), so the next run has to download it again')
+        write_whole(NOTTINGHAM, buffer.getvalue())
+    except UserError as e:
+        log(f'the next run has to download Nottingham again: {e}')

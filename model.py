@@ -191,10 +191,11 @@ class BernoulliHead(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits.float(), frames.float(), reduction='none')
         return loss.sum(-1)
 
-    def sample(self, logits, temperature=1.0, top_p=1.0, generator=None):
+    def sample(self, logits, temperature=1.0, top_p=1.0, generator=None, may_end=True):
         p = torch.sigmoid(logits.float() / temperature)
         # nucleus sampling over the two outcomes of a unit: the likelier one alone where it has top_p of the mass
         p = torch.where(torch.maximum(p, 1 - p) >= top_p, (p > 0.5).to(p.dtype), p)
+        p[..., -1] *= may_end
         return torch.rand(p.shape, generator=generator, device=p.device).lt(p).to(torch.uint8)
 
 
@@ -238,12 +239,15 @@ class ChordHead(nn.Module):
         loss = F.cross_entropy(self.logits(h[frame], chosen, last), choice, reduction='none')
         return loss.new_zeros(frames.shape[0]).index_add(0, frame, loss).view(shape)
 
-    def sample(self, h, temperature=1.0, top_p=1.0, generator=None):
+    def sample(self, h, temperature=1.0, top_p=1.0, generator=None, may_end=True):
         B, V = h.shape[0], self.chosen.in_features
         frame = torch.zeros(B, V + 1, dtype=torch.uint8, device=h.device)
         last = torch.full((B,), -1, device=h.device)
         while (last < V).any():                         # rows that are done choose "done" again, the only unit left
-            p = torch.softmax(self.logits(h, frame[:, :V], last.clamp(max=V - 1)) / temperature, dim=-1)
+            logits = self.logits(h, frame[:, :V], last.clamp(max=V - 1))
+            if not may_end:
+                logits[:, V - 1] = -math.inf
+            p = torch.softmax(logits / temperature, dim=-1)
             if top_p < 1:                               # nucleus sampling (Holtzman et al. 2020)
                 q, order = p.sort(dim=-1, descending=True)
                 q[q.cumsum(-1) - q >= top_p] = 0
@@ -322,22 +326,23 @@ class Model(nn.Module):
         """-ln p(targets | frames before), in nats: out from forward (B, T, ..), targets (B, T, V) -> (B, T)."""
         return self.head.nll(out, targets)
 
-    def sample(self, out, temperature=1.0, top_p=1.0, generator=None):
-        """Draws the next frame: out (B, ..) of the last frame read -> (B, V) uint8."""
-        return self.head.sample(out, temperature, top_p, generator)
+    def sample(self, out, temperature=1.0, top_p=1.0, generator=None, may_end=True):
+        """Draws the next frame: out (B, ..) of the last frame read -> (B, V) uint8; may_end: may the last unit be on?"""
+        return self.head.sample(out, temperature, top_p, generator, may_end)
 
     @torch.no_grad()
-    def compose(self, prompt, length, temperature=1.0, top_p=1.0, generator=None):
+    def compose(self, prompt, length, temperature=1.0, top_p=1.0, generator=None, at_least=0):
         """
         Continues prompts, all B at once: (B, T, V) frames, T >= 1 -> list of B tensors (T_i, V) uint8 with what comes
-        after, at most `length` frames each; a row ends where the model puts the last unit (a boundary) into a frame.
+        after. A row ends where the model puts the last unit (the boundary) into a frame, which it may after `at_least`
+        frames, or after `length` frames.
         """
         self.eval()
         out, state = self(prompt)
         frames, ended = [], torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
         ends = torch.full((prompt.shape[0],), length, device=prompt.device)
         for t in range(length):
-            frame = self.sample(out[:, -1], temperature, top_p, generator)
+            frame = self.sample(out[:, -1], temperature, top_p, generator, may_end=t >= at_least)
             ends[(frame[:, -1] > 0) & ~ended] = t
             ended |= frame[:, -1] > 0
             if ended.all():

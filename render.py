@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import KEYS, UserError, _write_whole
+from data import KEYS, UserError, write_whole
 
 LONGEST = 20 * 60  # seconds of sound in one WAV file; 0.2 GB, and about ten times that in memory
 NAMES = 'A A# B C C# D D# E F F# G G#'.split()
@@ -16,13 +16,6 @@ NAMES = 'A A# B C C# D D# E F F# G G#'.split()
 
 def _rows(notes):
     return np.asarray(notes, dtype=np.float64).reshape(-1, 3)
-
-
-def _save(path, content):
-    try:
-        _write_whole(path, content)
-    except OSError as e:
-        raise UserError(f'cannot write {path} ({e.strerror}): give a path in a folder you may write to') from None
 
 
 def is_melody(notes):
@@ -131,7 +124,7 @@ def write_wav(notes, path, tempo=120.0, beats_per_bar=4):
         f.setsampwidth(2)
         f.setframerate(44100)
         f.writeframes(np.round(synthesise(notes, tempo, beats_per_bar) * 32767).astype('<i2').tobytes())
-    _save(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -211,7 +204,7 @@ def write_svg(notes, path, beats_per_bar=4, prompt_beats=0.0, title=''):
             # a pixel less than its length tells a note from the next one on its key
             marks = [f'M{_n(a + 0.5)} {y(key)}h{_n(max(b - a - 1, 1))}' for key, a, b in spans]
             draw(f'line{colour}', marks, step - 0.5)
-    _save(path, _svg(left + 902, 28 + math.ceil(bars / in_line) * (tall + 34), title or 'piano roll', body))
+    write_whole(path, _svg(left + 902, 28 + math.ceil(bars / in_line) * (tall + 34), title or 'piano roll', body))
 
 
 def terminal_roll(notes, width=80):
@@ -321,5 +314,5 @@ def draw_losses(folder):
                         f'<text class="text{c}" x="{_n(left + wide + 14)}" y="{_n(height + 4)}">{label}</text>')
         body.append('</svg>')
     path = Path(folder) / 'loss.svg'
-    _save(path, _svg(960, top + tall + 40, 'validation loss', body))
+    write_whole(path, _svg(960, top + tall + 40, 'validation loss', body))
     return path

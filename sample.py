@@ -45,8 +45,9 @@ def parse_args():
     group('composing',
           ('num_samples', 1, number(int, 1, 10_000), 'tunes, composed side by side and ranked by nats a frame (default: 1)'),
           ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before (default: 256)'),
+          ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune (default: 16)'),
           ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer (default: 1)'),
-          ('top_p', 0.95, number(float, 0, 1), 'nucleus: choose among the likeliest that hold so much probability (default: 0.95)'),
+          ('top_p', 0.95, number(float, 0.01, 1), 'nucleus: choose among the likeliest that hold so much probability (default: 0.95)'),
           ('seed', None, number(int, 0, 2 ** 63 - 1), 'the same seed gives the same files (default: a new one, which is printed)'),
           ('prompt', None, Path, 'a .mid or .abc file to continue'),
           ('prompt_beats', math.inf, number(float, 0), 'read so many beats of the prompt (default: all)'),
@@ -98,8 +99,7 @@ def longest_copy(tune, book):
     return int(longest)
 
 
-def main():
-    args = parse_args()
+def compose(args):
     device = pick_device(args.device)
     model, checkpoint = load_checkpoint(args.ckpt, device)
     meta = checkpoint['meta']
@@ -125,7 +125,8 @@ def main():
     prompt = torch.from_numpy(np.concatenate((boundary, frames))).to(device).expand(args.num_samples, -1, -1)
 
     start = time.perf_counter()
-    composed = model.compose(prompt, length, args.temperature, args.top_p, generator)
+    composed = model.compose(prompt, length, args.temperature, args.top_p, generator,
+                             at_least=math.ceil(args.min_length * meta['steps_per_beat']))
     seconds, count = time.perf_counter() - start, sum(map(len, composed))
     print(f'seed {seed}: {args.num_samples} x {max(map(len, composed))} frames in {seconds:.1f} s, '
           f'{count / seconds:,.0f} frames a second')
@@ -152,8 +153,12 @@ def main():
             print(render.terminal_roll(notes))
 
 
-if __name__ == '__main__':
+def main():
     try:
-        main()
+        compose(parse_args())
     except (UserError, CheckpointError) as e:
         exit_with(e)
+
+
+if __name__ == '__main__':
+    main()

@@ -20,7 +20,7 @@ import torch
 
 import data
 import wkv
-from data import UserError
+from data import UserError, write_whole
 from model import VERSION, CheckpointError, Config, Model, load_checkpoint
 
 # equal in parameters to 5%; a GPU gets a bigger model for the same minutes
@@ -140,6 +140,7 @@ def evaluate(model, dataset, split, batch_size=16):
     Nats a frame: the mean of -ln p(frame_t | frames before t) over frames 2..T of every song, each read from its own
     start with fresh state. Returns (nats, songs, frames counted); nan nats where no song has two frames.
     """
+    training = model.training
     model.eval()
     device = next(model.parameters()).device
     total, songs, frames = 0.0, 0, 0
@@ -151,23 +152,8 @@ def evaluate(model, dataset, split, batch_size=16):
         counted = (t >= 2) & (t <= lengths.unsqueeze(1))        # frame 1 has no past; past T is padding
         total += nats[counted].double().sum().item()
         songs, frames = songs + len(x), frames + int(counted.sum())
-    model.train()
+    model.train(training)
     return total / frames if frames else math.nan, songs, frames
-
-
-def save(path, write):
-    """Write a file so that it is there whole or not at all: temporary file, flush, fsync, rename."""
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        with open(part, 'wb') as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        raise UserError(f'cannot write {path} ({e.strerror}): make room, or choose another --out_dir') from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_rows(path, rows):
@@ -176,15 +162,14 @@ def save_rows(path, rows):
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    save(path, lambda f: f.write(text.getvalue().encode()))
+    write_whole(path, text.getvalue().encode())
 
 
 def clock(seconds):
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
-def main():
-    args = parse_args()
+def fit(args):
     begin = time.perf_counter()
     if not args.max_minutes and not args.max_iters:
         raise UserError('--max_minutes=0 and --max_iters=0 would train for ever: give one of them')
@@ -202,6 +187,7 @@ def main():
     lookback = tuple(sorted({max(1, round(lag * args.steps_per_beat)) for lag in args.lookback}))
     config = Config(dataset.V, args.arch, args.head, n_layer, n_embd, args.dropout, lookback)
     model = Model(config).to(device)
+    dataset.batch('train', 1, args.block_size, 0, np.random.default_rng())     # complains if there is too little music
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -244,8 +230,10 @@ def main():
                 best = valid
                 meta = dict(data=args.data, source=dataset.source, steps_per_beat=args.steps_per_beat, onsets=args.onsets,
                             common_key=args.common_key, tempo=float(np.median([s.tempo for s in dataset.songs['train']])))
-                save(checkpoint, lambda f: torch.save(dict(
-                    version=VERSION, config=asdict(config), meta=meta, step=step, valid=valid, model=model.state_dict()), f))
+                buffer = io.BytesIO()
+                torch.save(dict(version=VERSION, config=asdict(config), meta=meta, step=step, valid=valid,
+                                model=model.state_dict()), buffer)
+                write_whole(checkpoint, buffer.getvalue())
             save_rows(table, rows)
         if done == 1:
             break
@@ -255,7 +243,7 @@ def main():
         lr = warm * (args.min_lr + (args.learning_rate - args.min_lr) * (0.5 + 0.5 * math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group['lr'] = lr
-        x = dataset.batch('train', batch_size, args.block_size + history, args.transpose, rng).to(device)
+        x = dataset.batch('train', batch_size, args.block_size, args.transpose, rng, history).to(device)
         past, x = x[:, :history], x[:, history:]
         with mixed:
             out, _ = forward(x[:, :-1], (past, None))
@@ -285,8 +273,12 @@ def main():
     print(f'test: {test:.4f} nats/frame ({songs} songs, {frames:,} frames)')
 
 
-if __name__ == '__main__':
+def main():
     try:
-        main()
-    except UserError as e:
+        fit(parse_args())
+    except (UserError, CheckpointError) as e:
         exit_with(e)
+
+
+if __name__ == '__main__':
+    main()
