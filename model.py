@@ -265,7 +265,7 @@ class Model(nn.Module):
 
     With lookback, the frames that stood lag frames before the one to predict (lag in config.lookback) come in through a
     second Linear: a tune repeats its bars and phrases, and a recurrent state of fixed size can't recite them (the idea
-    of the Lookback RNN, Magenta 2016).
+    of the Lookback RNN, Magenta 2016). It sees nothing before the latest frame whose last unit (the boundary) is on.
     """
 
     def __init__(self, config):
@@ -312,9 +312,12 @@ class Model(nn.Module):
             if past is None:
                 past = frames.new_zeros(frames.shape[0], M, frames.shape[2])
             seen = torch.cat((past, frames), dim=1)     # (B, M + T, V); the frame after input t stands at M + t + 1
-            t = torch.arange(frames.shape[1], device=frames.device).unsqueeze(1)
-            old = seen[:, M + 1 + t - self.lags].flatten(2)         # (B, T, lags * V)
-            x = x + self.look(old.to(x.dtype))
+            now = M + torch.arange(frames.shape[1], device=frames.device)
+            then = now.unsqueeze(1) + 1 - self.lags                 # (T, lags)
+            tune = seen[..., -1].cumsum(1)                          # which tune a frame is in; each begins with a boundary
+            same = tune[:, then] == tune[:, now].unsqueeze(2)       # (B, T, lags): a tune does not look into another one
+            old = seen[:, then] * same.unsqueeze(3)                 # (B, T, lags, V)
+            x = x + self.look(old.flatten(2).to(x.dtype))
             past = seen[:, seen.shape[1] - M:]
         x = self.drop(self.blocks[0].ln0(x))
         recurrent = list(recurrent or [None] * len(self.blocks))

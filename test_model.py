@@ -609,7 +609,7 @@ def test_download_without_a_place_to_keep_it(nottingham, monkeypatch):
     home, _ = nottingham('good')
     monkeypatch.setattr(data, 'NOTTINGHAM', home / 'missing' / 'nottingham.zip')
     lines = []
-    assert '12 songs' in data.load(log=lines.append).source and 'cannot keep' in lines[-1]
+    assert '12 songs' in data.load(log=lines.append).source and 'has to download' in lines[-1]
 
 
 def test_nottingham_digest_is_the_published_one():

@@ -1,71 +1,66 @@
-/* WKV, forward and backward: one source for the GPU (nvcc) and for the CPU (g++). No torch header, plain C symbols.
+/* WKV, forward and backward: one source for GPU (nvcc) and CPU (g++). No torch header, plain C symbols.
 
-The sums. WKV is a weighted mean over the past, y_t = (N_t + e^(u+k_t) v_t) / (D_t + e^(u+k_t)), of two sums per channel,
-    N_{t+1} = e^-w N_t + e^(k_t) v_t,   D_{t+1} = e^-w D_t + e^(k_t).
-e^(k_t) overflows, so a State keeps N = a e^(p-nw), D = b e^(p-nw): p is the exponent that leads, n counts the steps since it
-came. Counting is exact where subtracting w from p at each step is not: a float near 100 cannot hold 100 - 0.0001.
-Weights are always taken relative to the larger one: no exponential sees a positive number, and b >= 1 from the first frame on.
+The sums. WKV is a weighted mean over the past, y_t = (N_t + e^(u+k_t) v_t) / (D_t + e^(u+k_t)), of
+    N_{t+1} = e^-w N_t + e^(k_t) v_t,   D_{t+1} = e^-w D_t + e^(k_t)   in each channel.
+e^(k_t) overflows, so a State keeps N = a e^(p-nw), D = b e^(p-nw): p is the exponent that leads and n counts
+the steps since it came. Counting is exact; subtracting w from p at each step is not: a float near 100 cannot
+hold 100 - 0.0001. Two weights are always scaled so that the larger is 1: no exponential sees a positive
+number, and b >= 1 from the first step on.
 
-Parallel in time. Time is cut into chunks of CHUNK steps, few enough for registers, and a chunk is worked in three passes:
-    1. its own sums, starting from nothing   (absorb)
+Parallel in time. Time is cut into chunks of CHUNK steps, and a chunk is worked in three passes:
+    1. its own sums, starting from nothing   (own_sums)
     2. a scan: the sums of the chunks before it, joined in order of time   (join)
     3. its outputs, one step after the other, starting from those   (outputs)
-GPU: a thread has one channel of one chunk. The warps of a block take neighbouring chunks of the same 32 channels, swap sums
-through shared memory, and the block goes on to the next stretch of time. k and v are read once and stay in registers.
-CPU: a vector of LANES channels stands for the warp. Time is cut into parts only where there are fewer vectors than cores.
-With one part this is the classical walk, one thread per channel from the first frame to the last.
+GPU: a thread has one channel of one chunk, in registers. The warps of a block take neighbouring chunks of the
+same 32 channels and swap their sums through shared memory; then the block goes on to the next stretch of time.
+CPU: a vector of LANES channels plays the warp, one chunk after the other; only pass 3 is needed.
+Where there are too few channels to keep the machine busy, time is also cut into long segments, each for a
+block of its own: the kernel runs first for the sums of every segment (pass 1), then for the outputs (pass 3),
+which start with a scan of those. One warp and one segment is the classical walk: one thread per channel.
 
-Backward runs the same passes in reverse, on the mean m = N/D and l = ln D, where nothing cancels:
-    y = m + f (v - m),  f = sigmoid(k + u - l)          m' = m + h (v - m),  h = sigmoid(k + w - l),  l' = ln(e^(l-w) + e^k)
+Backward runs the same passes in reverse, on the mean m = N / D and l = ln D, where nothing cancels:
+    y = m + f (v - m),   f = sigmoid(k + u - l)
+    m' = m + h (v - m),  h = sigmoid(k + w - l),  l' = ln(e^(l-w) + e^k)   for the next step.
 With d = v - m, g the gradient of y, and M, L what the future passes back to m', l', a step gives
-    dv = g f + h M     dk = q + h (L + M (1-h) d)     du += q     dw -= c     with q = g f (1-f) d, c = (1-h) (L - M h d)
-and passes back g (1-f) + (1-h) M and c - q. That is linear in M and L, so a whole chunk is the map (Adjoint, pass_back)
-    M <- M0 + R M     L <- L0 + R (L - S M)     R = product of (1-h), S = sum of h d
+    dv = g f + h M,   dk = q + h (L + M (1-h) d),   du += q,   dw -= c
+        where q = g f (1-f) d,   c = (1-h) (L - M h d)
+and passes back M <- g (1-f) + (1-h) M, L <- c - q. This is linear in M and L, so a chunk is the map (Adjoint)
+    M <- M0 + R M,   L <- L0 + R (L - S M),   R = product of (1-h),   S = sum of h d.
 Forward saves the state at the start of each chunk; backward needs nothing else. */
 #include <math.h>
 #include <stdint.h>
-#ifndef CHUNK
-#define CHUNK 16
-#endif
 
-#ifdef __CUDACC__  // --- what differs: on the GPU an F is one channel, and a block has THREADS of them, times up to WARPS chunks
-#define LANES 1
-#define THREADS 32
-#define WARPS 16
-#define PADDED 1  // chunks are filled up with steps that weigh nothing, so that every loop has a constant length
-#define FN __device__ __forceinline__
+#ifdef __CUDACC__
+// On the GPU an F is one channel, and a block has 32 of them for up to WARPS chunks. Here chunks are always whole
+// (PADDED), so that loops unroll: steps past the end have a k below every state's p and weigh nothing.
+enum { LANES = 1, THREADS = 32, WARPS = 16, PADDED = 1 };
 typedef float F;
+#define FN __device__ __forceinline__
 FN F exp_minus(F x) { return __expf(-fabsf(x)); }  // e^-|x|
 FN F inverse(F x) { return __fdividef(1.f, x); }
-FN bool negative(F x) { return signbit(x); }  // -0 too
-FN void fetch(const void*) {}
-FN F get(const float* p, int m) { return m ? *p : 0; }  // m: how many of the LANES channels at p exist
-FN F get(const uint16_t* p, int m) { return m ? __uint_as_float((uint32_t)*p << 16) : 0; }  // bfloat16
-FN void put(float* p, F x, int m) { if (m) *p = x; }
-FN void put(uint16_t* p, F x, int m) { if (m) *p = (__float_as_uint(x) + 0x7fff + (__float_as_uint(x) >> 16 & 1)) >> 16; }
-#else  // on the CPU an F is a vector of channels, and a block is the work of one core
-#include <stddef.h>
-#ifdef __AVX512F__
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
+FN F get(const float* p, int) { return *p; }
+FN F get(const uint16_t* p, int) { return __uint_as_float((uint32_t)*p << 16); }  // bfloat16
+FN void put(float* p, F x, int) { *p = x; }
+FN void put(uint16_t* p, F x, int) {
+    uint32_t bits = __float_as_uint(x);
+    *p = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+}
+FN void prefetch(const void*) {}
 #else
-#define LANES 4
-#endif
-#define THREADS 1
-#define WARPS 1
-#define PADDED 0
-#define FN inline __attribute__((always_inline))
-#define __global__ static
-#define __shared__
-#define __launch_bounds__(n, m)
-#define __syncthreads()
-static thread_local struct { int64_t x, y; } blockIdx;
-static constexpr struct { int x, y; } threadIdx = {0, 0}, blockDim = {1, 1};
+// On the CPU an F is a vector of channels, and a block is a piece of work for one core.
+#include <string.h>
+enum { LANES = __BIGGEST_ALIGNMENT__ / 4, THREADS = 1, WARPS = 1, PADDED = 0 };
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
+static thread_local struct { int x, y; } blockIdx;
+static constexpr struct { int x, y; } threadIdx = {0, 0}, blockDim = {1, 1};
+#define FN inline __attribute__((always_inline))
+#define __global__ static
+#define __shared__
+#define __launch_bounds__(threads, blocks)
+#define __syncthreads()
 FN F exp_minus(F x) {  // 2^n e^r, |r| <= ln(2)/2, e^r as a polynomial: relative error 1e-7
     x = (F)((I)x | INT32_MIN);
     x = x < -87.f ? F() - 87.f : x;  // 1.6e-38 stands for everything less
@@ -75,29 +70,30 @@ FN F exp_minus(F x) {  // 2^n e^r, |r| <= ln(2)/2, e^r as a polynomial: relative
     return e * (F)(((I)n << 23) + 0x3f800000);
 }
 FN F inverse(F x) { return 1.f / x; }
-FN I negative(F x) { return (I)x < 0; }
-FN void fetch(const void* p) { __builtin_prefetch(p); }
-template <class V, class Io> FN V load(const Io* p, int m) {
-    typedef V Unaligned __attribute__((aligned(sizeof(Io)), may_alias));
+template <class V, class Io> FN V load(const Io* p, int m) {  // m channels, fewer than LANES at a row's end
     V x = {};
-    if (m == LANES) return *(const Unaligned*)p;
-    for (int i = 0; i < m; i++) x[i] = p[i];
+    if (m == LANES) memcpy(&x, p, sizeof x);
+    else for (int i = 0; i < m; i++) x[i] = p[i];
     return x;
 }
 template <class V, class Io> FN void store(Io* p, V x, int m) {
-    typedef V Unaligned __attribute__((aligned(sizeof(Io)), may_alias));
-    if (m == LANES) *(Unaligned*)p = x;
+    if (m == LANES) memcpy(p, &x, sizeof x);
     else for (int i = 0; i < m; i++) p[i] = x[i];
 }
 FN F get(const float* p, int m) { return load<F>(p, m); }
 FN F get(const uint16_t* p, int m) { return (F)(__builtin_convertvector(load<H>(p, m), U) << 16); }
 FN void put(float* p, F x, int m) { store(p, x, m); }
-FN void put(uint16_t* p, F x, int m) { store(p, __builtin_convertvector(((U)x + 0x7fff + ((U)x >> 16 & 1)) >> 16, H), m); }
+FN void put(uint16_t* p, F x, int m) {
+    U bits = (U)x;
+    store(p, __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, H), m);
+}
+FN void prefetch(const void* p) { __builtin_prefetch(p); }
 #endif
 
-// --- the arithmetic, the same for both. Arrays hold one chunk; where len is a constant (GPU) the loops unroll into registers.
+// --- the arithmetic, the same for both, on one chunk at a time
 struct State { F a, b, p, n; };
 struct Adjoint { F M, L, R, S; };
+struct Step { F h, r, d, q, gf, gm; };  // r = 1 - h, gf = g f, gm = g (1-f)
 #define NOTHING State{F(), F(), F() - 1e38f, F()}
 #define IDENTITY Adjoint{F(), F(), F() + 1.f, F()}
 
@@ -106,7 +102,7 @@ FN void weigh(F x, F& old, F& now) {  // weights 1 : e^x, scaled so that the lar
     old = x > 0.f ? e : one;
     now = x > 0.f ? one : e;
 }
-FN F lead(const State& s, F w, F k) { return (k - s.p) + s.n * w; }  // by how much exponent k is above the state's
+FN F lead(const State& s, F w, F k) { return (k - s.p) + s.n * w; }  // of exponent k over the state's
 FN void advance(State& s, F w, F x, F k) {
     s.p = x + w > 0.f ? k : s.p;
     s.n = x + w > 0.f ? F() : s.n + 1.f;
@@ -125,7 +121,8 @@ FN void own_sums(State& s, F w, const F* k, const F* v, int len) {
 FN void join(State& s, const State& next, F w, float len) {  // s, then len steps that by themselves give next
     F x = (next.p - s.p) + (s.n + len - next.n) * w, old, now;
     weigh(x, old, now);
-    s = {old * s.a + now * next.a, old * s.b + now * next.b, x > 0.f ? next.p : s.p, x > 0.f ? next.n : s.n + len};
+    s.a = old * s.a + now * next.a, s.b = old * s.b + now * next.b;
+    s.p = x > 0.f ? next.p : s.p, s.n = x > 0.f ? next.n : s.n + len;
 }
 FN void outputs(State& s, F w, F u, const F* k, F* v, int len) {  // v becomes y
     #pragma unroll
@@ -137,32 +134,24 @@ FN void outputs(State& s, F w, F u, const F* k, F* v, int len) {  // v becomes y
         v[i] = y;
     }
 }
-FN F pack(F x, F rest) { return x < rest ? x : -rest; }  // x and rest = 1 - x in one number: the smaller, which is exact
-FN void unpack(F z, F& x, F& rest) {
-    F big = 1.f - (negative(z) ? -z : z);
-    x = negative(z) ? big : z;
-    rest = negative(z) ? -z : big;
-}
-FN void gates(Adjoint& own, State s, F w, F u, F* k, F* v, const F* g, F* f, int len) {  // k becomes h, v becomes d
+FN void gates(Adjoint& own, State s, F w, F u, const F* k, const F* v, const F* g, Step* steps, int len) {
     F m = s.b > 0.f ? s.a * inverse(s.b) : F();
     #pragma unroll
     for (int i = 0; i < len; i++) {
-        F x = lead(s, w, k[i]), old, now, past, over, h, r, back;
+        F x = lead(s, w, k[i]), old, now, past, over, f;
+        Step& z = steps[i];
         weigh(x + u, old, now);
-        past = old * s.b, over = inverse(past + now);
-        f[i] = pack(now * over, past * over);
-        v[i] = v[i] - m;
-        back = own.R * g[i] * past * over;
-        own.M += back;
-        own.L -= back * (now * over * v[i] + own.S);
+        past = old * s.b, over = inverse(past + now), f = now * over;
+        z.d = v[i] - m, z.gf = g[i] * f, z.gm = g[i] * past * over, z.q = z.gm * f * z.d;
         weigh(x + w, old, now);
         advance(s, w, x, k[i]);
         past = old * s.b, s.b = past + now, over = inverse(s.b);
-        h = now * over, r = past * over;
-        k[i] = pack(h, r);
-        m += h * v[i];
-        own.S += h * v[i];
-        own.R *= r;
+        z.h = now * over, z.r = past * over;
+        m += z.h * z.d;
+        own.M += own.R * z.gm;
+        own.L -= own.R * (z.q + z.gm * own.S);
+        own.R *= z.r;
+        own.S += z.h * z.d;
     }
 }
 FN void pass_back(Adjoint& next, const Adjoint& own) {
@@ -170,77 +159,81 @@ FN void pass_back(Adjoint& next, const Adjoint& own) {
     next.M = own.M + own.R * next.M;
     next.R *= own.R, next.S += own.S;
 }
-FN void gradients(Adjoint& s, F& dw, F& du, F* k, F* v, const F* g, const F* f_, int len) {  // h becomes dk, d becomes dv
+FN void gradients(Adjoint& next, F& dw, F& du, const Step* steps, F* dk, F* dv, int len) {
     #pragma unroll
     for (int i = len - 1; i >= 0; i--) {
-        F h, r, f, rest, d = v[i];
-        unpack(k[i], h, r);
-        unpack(f_[i], f, rest);
-        F q = g[i] * f * rest * d, c = r * (s.L - s.M * h * d);
-        k[i] = q + h * (s.L + s.M * r * d);
-        v[i] = g[i] * f + h * s.M;
-        dw -= c, du += q;
-        s.L = c - q;
-        s.M = g[i] * rest + r * s.M;
+        const Step& z = steps[i];
+        F Md = next.M * z.d, c = z.r * (next.L - z.h * Md);
+        dk[i] = z.q + z.h * (next.L + z.r * Md);
+        dv[i] = z.gf + z.h * next.M;
+        dw -= c, du += z.q;
+        next.L = c - z.q;
+        next.M = z.gm + z.r * next.M;
     }
 }
 
-// --- memory. wkv.py fills in Args; tensors are contiguous, (B, T, C) ones float32 or bfloat16 (Io), the others float32.
+// --- memory. wkv.py fills in Args. Tensors are contiguous; the last line's may be bfloat16 (Io).
 struct Args {
     int64_t where;  // how many threads (CPU), which stream (GPU)
     int B, T, C, bf16, segments, warps;
     float *w, *u, *state, *last;  // (C), (C), (B, 3, C), (B, 3, C)
-    float *saved, *scan, *dwu;  // (B, ceil(T / CHUNK), 3, C), (B, segments, 4, C), (B, segments * warps, 2, C)
+    float *saved, *scan, *dwu;  // (B, chunks, 3, C), (B, segments, 4, C), (B, segments * warps, 2, C)
     void *k, *v, *y, *g, *dk, *dv;  // (B, T, C)
 };
-struct Site {  // of one F: m channels from c on of batch row b (0 past the last channel), steps begin to end - 1
+struct Site {  // where a thread works: m channels from c on of batch row b, steps begin to end - 1
     int C, m, b, c, begin, end, span;
     FN Site(const Args& a) {
-        C = a.C;
-        const int blocks = (C + THREADS * LANES - 1) / (THREADS * LANES), chunks = (a.T + CHUNK - 1) / CHUNK;
-        b = blockIdx.x / blocks, c = (blockIdx.x % blocks * THREADS + threadIdx.x) * LANES;
-        m = C - c >= LANES ? LANES : C > c ? C - c : 0;
-        span = (chunks + a.segments - 1) / a.segments * CHUNK;
+        const int row = (a.C + THREADS * LANES - 1) / (THREADS * LANES), stretch = a.warps * CHUNK;
+        C = a.C, b = blockIdx.x / row, c = (blockIdx.x % row * THREADS + threadIdx.x) * LANES;
+        m = C - c < LANES ? C - c : LANES;
+        if (m <= 0) m = c = 0;  // past the last channel: comes along to the barriers, does nothing
+        span = ((a.T + stretch - 1) / stretch + a.segments - 1) / a.segments * stretch;
         begin = blockIdx.y * span, end = begin + span < a.T ? begin + span : a.T;
     }
+    // steps of the chunk at t; the place of a row among a batch row's rows, each width * C wide
+    FN int live(int t) const { return !m ? 0 : end - t < CHUNK ? end - t : CHUNK; }
     FN int64_t at(int rows, int row, int width) const { return ((int64_t)b * rows + row) * width * C + c; }
 };
-template <class Io> FN void read(F* x, const void* p, const Site& me, int64_t at, int live, int ahead, float none) {
+template <class Io>
+FN void read(F* x, const void* p, const Site& me, int64_t at, int live, int ahead, float none) {
     const Io* row = (const Io*)p + at;
     #pragma unroll
-    for (int i = 0; i < CHUNK; i++) {
+    for (int i = 0; i < (PADDED ? CHUNK : live); i++) {
         x[i] = i < live ? get(row + i * me.C, me.m) : F() + none;
-        fetch(row + (i + ahead) * me.C);
+        prefetch(row + (int64_t)(i + ahead) * me.C);
     }
 }
 template <class Io> FN void write(void* p, const F* x, const Site& me, int64_t at, int live) {
     #pragma unroll
     for (int i = 0; i < CHUNK; i++) if (i < live) put((Io*)p + at + i * me.C, x[i], me.m);
 }
-FN State load_state(const float* p, const Site& me) { return {get(p, me.m), get(p + me.C, me.m), get(p + 2 * me.C, me.m), F()}; }
-FN void save_state(float* p, const Site& me, const State& s, F w) {  // p - nw as one float; what it rounds off goes to a and b
+FN State load_state(const float* p, const Site& me) {
+    return {get(p, me.m), get(p + me.C, me.m), get(p + 2 * me.C, me.m), F()};
+}
+FN void save_state(float* p, const Site& me, const State& s, F w) {  // p - nw as one float
+    // what rounding takes from it goes to a and b
     F p_nw = s.p - s.n * w, rest = (s.p - p_nw) - s.n * w, e = exp_minus(rest);
     e = rest > 0.f ? inverse(e) : e;
     put(p, s.a * e, me.m), put(p + me.C, s.b * e, me.m), put(p + 2 * me.C, p_nw, me.m);
 }
 
-// --- the passes. Memory that threads share has two halves, used in turns: whoever writes to one knows by the last barrier that
-// all have read it, so that a turn needs a single __syncthreads(). A step past the end has its k below every state's p.
-template <class Io> __global__ void __launch_bounds__(THREADS * WARPS, 1) forward(const Args a, const int pass) {
+// --- the passes. What threads share has two halves, used in turns: whoever writes to one knows by the last
+// barrier that all have read it, so that a turn needs a single __syncthreads().
+template <class Io>
+__global__ void __launch_bounds__(THREADS * WARPS, 1) forward(const Args a, const int pass) {
     __shared__ State sums[2][WARPS][THREADS], carry[2][THREADS];
     const Site me(a);
     const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, stretch = warps * CHUNK;
     const F w = get(a.w + me.c, me.m), u = get(a.u + me.c, me.m);
     State s = NOTHING;
-    if (pass == 3) {
-        s = load_state(a.state + me.at(1, 0, 3), me);
-        for (int i = 0; i < blockIdx.y; i++) join(s, load_state(a.scan + me.at(a.segments, i, 4), me), w, me.span);
-    }
+    if (pass == 3) s = load_state(a.state + me.at(1, 0, 3), me);
+    for (int i = 0; pass == 3 && i < blockIdx.y; i++)
+        join(s, load_state(a.scan + me.at(a.segments, i, 4), me), w, me.span);
     if (warp == 0) carry[0][lane] = s;
     int t = me.begin + warp * CHUNK;
     for (int odd = 0; t - warp * CHUNK < me.end; t += stretch, odd ^= 1) {
         const int64_t at = me.at(a.T, t, 1);
-        const int live = me.end - t < CHUNK ? me.end - t : CHUNK, len = PADDED ? CHUNK : live;
+        const int live = me.live(t), len = PADDED ? CHUNK : live;
         F k[CHUNK], v[CHUNK];
         read<Io>(k, a.k, me, at, live, stretch, -2e38f);
         read<Io>(v, a.v, me, at, live, stretch, 0.f);
@@ -257,11 +250,13 @@ template <class Io> __global__ void __launch_bounds__(THREADS * WARPS, 1) forwar
         } else join(s, own, w, len);
         if (warp == warps - 1) carry[odd ^ 1][lane] = s;
     }
+    if (!me.m || warp < warps - 1) return;
     if (PADDED) s.n -= float(t - warp * CHUNK - me.end);
-    if (warp == warps - 1 && pass == 1) save_state(a.scan + me.at(a.segments, blockIdx.y, 4), me, s, w);
-    if (warp == warps - 1 && pass == 3 && me.end == a.T) save_state(a.last + me.at(1, 0, 3), me, s, w);
+    if (pass == 1) save_state(a.scan + me.at(a.segments, blockIdx.y, 4), me, s, w);
+    else if (me.begin < a.T && me.end == a.T) save_state(a.last + me.at(1, 0, 3), me, s, w);
 }
-template <class Io> __global__ void __launch_bounds__(THREADS * WARPS, 1) backward(const Args a, const int pass) {
+template <class Io>
+__global__ void __launch_bounds__(THREADS * WARPS, 1) backward(const Args a, const int pass) {
     __shared__ Adjoint maps[2][WARPS][THREADS], carry[2][THREADS];
     const Site me(a);
     const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, stretch = warps * CHUNK;
@@ -270,52 +265,60 @@ template <class Io> __global__ void __launch_bounds__(THREADS * WARPS, 1) backwa
     Adjoint next = IDENTITY;
     for (int i = a.segments - 1; pass == 3 && i > blockIdx.y; i--) {
         const float* p = a.scan + me.at(a.segments, i, 4);
-        pass_back(next, {get(p, me.m), get(p + me.C, me.m), get(p + 2 * me.C, me.m), get(p + 3 * me.C, me.m)});
+        pass_back(next, {get(p, me.m), get(p + me.C, me.m), get(p + 2 * me.C, me.m),
+                         get(p + 3 * me.C, me.m)});
     }
     if (warp == 0) carry[0][lane] = next;
     int t = me.begin + (me.end - 1 - me.begin) / stretch * stretch + warp * CHUNK;
     for (int odd = 0; t >= me.begin; t -= stretch, odd ^= 1) {
         const int64_t at = me.at(a.T, t, 1);
-        const int live = me.end - t < CHUNK ? me.end - t : CHUNK, len = PADDED ? CHUNK : live;
-        F k[CHUNK], v[CHUNK], g[CHUNK], f[CHUNK];
+        const int live = me.live(t), len = PADDED ? CHUNK : live;
+        F k[CHUNK], v[CHUNK], g[CHUNK];
+        Step steps[CHUNK];
         read<Io>(k, a.k, me, at, live, -stretch, -2e38f);
         read<Io>(v, a.v, me, at, live, -stretch, 0.f);
         read<Io>(g, a.g, me, at, live, -stretch, 0.f);
         State s = {F(), F() + 1.f, F(), F()};
         if (live > 0) s = load_state(a.saved + me.at((a.T + CHUNK - 1) / CHUNK, t / CHUNK, 3), me);
         Adjoint own = IDENTITY;
-        gates(own, s, w, u, k, v, g, f, len);
+        gates(own, s, w, u, k, v, g, steps, len);
         maps[odd][warp][lane] = own;
         __syncthreads();
         next = carry[odd][lane];
         for (int i = warps - 1; i > warp; i--) pass_back(next, maps[odd][i][lane]);
         if (pass == 3) {
-            gradients(next, dw, du, k, v, g, f, len);
+            gradients(next, dw, du, steps, k, v, len);
             write<Io>(a.dk, k, me, at, live);
             write<Io>(a.dv, v, me, at, live);
         } else pass_back(next, own);
         if (warp == 0) carry[odd ^ 1][lane] = next;
     }
-    if (pass == 3) {
+    if (me.m && pass == 3) {
         float* p = a.dwu + me.at(a.segments * warps, blockIdx.y * warps + warp, 2);
         put(p, dw, me.m), put(p + me.C, du, me.m);
-    } else if (warp == 0) {
+    } else if (me.m && warp == 0) {
         float* p = a.scan + me.at(a.segments, blockIdx.y, 4);
-        put(p, next.M, me.m), put(p + me.C, next.L, me.m), put(p + 2 * me.C, next.R, me.m), put(p + 3 * me.C, next.S, me.m);
+        put(p, next.M, me.m), put(p + me.C, next.L, me.m);
+        put(p + 2 * me.C, next.R, me.m), put(p + 3 * me.C, next.S, me.m);
     }
 }
 static int run(void (*kernel)(Args, int), const Args& a) {
-    const int64_t blocks = a.B * ((a.C + THREADS * LANES - 1) / (THREADS * LANES));
+    const int blocks = a.B * ((a.C + THREADS * LANES - 1) / (THREADS * LANES));
     for (int pass = a.segments > 1 ? 1 : 3; pass <= 3; pass += 2) {
 #ifdef __CUDACC__
         kernel<<<dim3(blocks, a.segments), dim3(THREADS, a.warps), 0, (cudaStream_t)a.where>>>(a, pass);
         if (int error = cudaGetLastError()) return error;
 #else
         #pragma omp parallel for schedule(dynamic) num_threads(a.where)
-        for (int64_t i = 0; i < blocks * a.segments; i++) blockIdx = {i / a.segments, i % a.segments}, kernel(a, pass);
+        for (int i = 0; i < blocks * a.segments; i++) {
+            blockIdx = {i / a.segments, i % a.segments};
+            kernel(a, pass);
+        }
 #endif
     }
     return 0;
 }
-extern "C" int wkv_forward(const Args* a) { return a->bf16 ? run(forward<uint16_t>, *a) : run(forward<float>, *a); }
-extern "C" int wkv_backward(const Args* a) { return a->bf16 ? run(backward<uint16_t>, *a) : run(backward<float>, *a); }
+extern "C" {
+int wkv_forward(const Args* a) { return run(a->bf16 ? forward<uint16_t> : forward<float>, *a); }
+int wkv_backward(const Args* a) { return run(a->bf16 ? backward<uint16_t> : backward<float>, *a); }
+}
