@@ -9,6 +9,7 @@ import math
 import secrets
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,15 @@ def parse_args():
     group('what is written',
           ('out', None, Path, 'path of the .mid (default: that of the checkpoint)'),
           ('key', None, key_signature, 'move the tune to this key signature: C, F#, Bb, Am, ... (default: where it was composed)'),
+          ('check_copies', True, dict(type=boolean, nargs='?', const=True, metavar='BOOL'),
+           'tell the longest stretch that stands in a training song, too (default: True)'),
           ('tempo', None, number(float, 4, 1000), 'beats a minute (default: that of the prompt or of the training tunes)'))
     return parser.parse_args()
+
+
+def key_shift(notes, sharps, common_key):
+    """Semitones, -6..5, to the key signature of so many sharps from the one the tune is in (none with common_key)."""
+    return (7 * (sharps - (0 if common_key else data.estimate_sharps(notes))) + 6) % 12 - 6
 
 
 def read_prompt(path, beats):
@@ -75,28 +83,48 @@ def read_prompt(path, beats):
     return song._replace(notes=notes)
 
 
-def intervals(notes, steps_per_beat, names):
+def beats_per_bar(notes):
+    """3 or 4, whichever the chords keep to: the share of their strikes that fall on a bar line, against chance."""
+    onsets, count = np.unique(notes[:, 1].round(3), return_counts=True)
+    chords = onsets[count >= 3]
+    on_line = {bar: (np.abs((chords + 0.1) % bar) < 0.2).mean() * bar if len(chords) else 0 for bar in (4, 3)}
+    return max(on_line, key=on_line.get)
+
+
+def intervals(notes, steps_per_beat):
     """
-    A tune as one integer a step, the same in every transposition: 0 where nothing is struck, else the name of the chord
-    that is, its keys counted from the highest key of the strike before. names: a dict that gives equal strikes one name.
+    A tune as one number a step, the same in every transposition: 0 where nothing is struck, else a name (checksum) of the
+    keys that are, counted from the highest key of the strike before.
     """
     steps = np.floor(notes * [1, steps_per_beat, steps_per_beat] + 0.5).astype(int)
-    tune, top = np.zeros(steps[:, 1].max(initial=-1) + 1, np.int32), None
+    tune, top = np.zeros(steps[:, 1].max(initial=-1) + 1, np.int64), None
     for t in np.unique(steps[:, 1]):
         struck = np.sort(steps[steps[:, 1] == t, 0])
-        top = struck[-1] if top is None else top
-        tune[t] = names.setdefault(tuple(struck - top), len(names) + 1)
+        tune[t] = 1 + zlib.crc32((struck - (struck[-1] if top is None else top)).tobytes())
         top = struck[-1]
     return tune
 
 
 def longest_copy(tune, book):
     """Steps in the longest stretch that stands both in tune and in book, two arrays of intervals()."""
-    longest, run = 0, np.zeros(len(book) + 1, np.int32)     # run[j]: how long a match ends at book[j - 1]
+    longest, run = 0, np.zeros(len(book) + 1, np.int32)     # run[j]: steps of the match that ends with book[j - 1]
     for name in tune:
         run[1:] = (run[:-1] + 1) * (book == name)
         longest = max(longest, run.max())
     return int(longest)
+
+
+def training_book(meta):
+    """The training songs of a checkpoint, as intervals() with a fence behind each; and where they are. None if gone."""
+    path = Path(meta['data'])
+    if meta['data'] == 'nottingham':
+        path = data.NOTTINGHAM if data.NOTTINGHAM.exists() else data.TUNES
+    try:
+        songs = data.load(path, meta['steps_per_beat'], log=lambda line: None).songs['train']
+    except UserError:
+        return None, path
+    fence = np.array([-1])
+    return np.concatenate([x for song in songs for x in (intervals(song.notes, meta['steps_per_beat']), fence)]), path
 
 
 def compose(args):
@@ -114,10 +142,10 @@ def compose(args):
     print(f'{args.ckpt}: {model.config.arch}, trained on {meta["source"]}, valid {checkpoint["valid"]:.4f} nats/frame')
 
     # the prompt: a boundary frame, where every tune starts, and the person's own beginning if there is one
-    opening, moved, tempo = np.empty((0, 3)), 0, meta['tempo']
+    opening, moved, usual_tempo = np.empty((0, 3)), 0, meta['tempo']
     if args.prompt:
         song = read_prompt(args.prompt, args.prompt_beats)
-        moved, tempo = data.common_key_shift(song) if meta['common_key'] else 0, song.tempo
+        moved, usual_tempo = data.common_key_shift(song) if meta['common_key'] else 0, song.tempo
         opening = song.notes + [moved, 0, 0]
     frames = data.to_frames(opening, *grid)
     boundary = np.zeros((1, model.config.n_units), np.uint8)
@@ -135,22 +163,28 @@ def compose(args):
     if not ranked:
         raise UserError(f'the model ended the tune at once: use another --seed{" or a shorter prompt" * bool(args.prompt)}')
 
+    book, path = training_book(meta) if args.check_copies else (None, None)
     for place, (nats, i) in enumerate(ranked, 1):
-        beats = len(frames) / meta['steps_per_beat'] if not args.no_prompt else 0
         tune = composed[i].cpu().numpy()
-        notes = data.to_notes(np.concatenate((frames, tune)) if not args.no_prompt else tune, *grid)
-        shift = -moved
-        if args.key is not None:
-            shift = (7 * (args.key - (0 if meta['common_key'] else data.estimate_sharps(notes))) + 6) % 12 - 6
-        notes += [shift, 0, 0]
+        copied = None if book is None else longest_copy(intervals(data.to_notes(tune, *grid), grid[0]), book) / grid[0]
+        whole, beats = (tune, 0.0) if args.no_prompt else (np.concatenate((frames, tune)), len(frames) / grid[0])
+        notes = data.to_notes(whole, *grid)
+        notes[:, 0] += key_shift(notes, args.key, meta['common_key']) if args.key is not None else -moved
         notes = notes[(notes[:, 0] >= 0) & (notes[:, 0] < data.KEYS)]
-        path = out if args.num_samples == 1 else out.with_name(f'{out.stem}-{place}{out.suffix}')
-        data.write_midi(notes, path, args.tempo or tempo)
-        render.write_wav(notes, path.with_suffix('.wav'), args.tempo or tempo)
-        render.write_svg(notes, path.with_suffix('.svg'), prompt_beats=beats, title=path.stem)
-        print(f'{path} (.wav, .svg): {nats:.3f} nats/frame, {len(notes)} notes')
+        name = out if args.num_samples == 1 else out.with_name(f'{out.stem}-{place}{out.suffix}')
+        bar, tempo = beats_per_bar(notes), args.tempo or usual_tempo
+        data.write_midi(notes, name, tempo)
+        render.write_svg(notes, name.with_suffix('.svg'), bar, beats, name.stem)
+        sound = notes[:, 2].max(initial=0) * 60 / tempo <= render.LONGEST
+        if sound:
+            render.write_wav(notes, name.with_suffix('.wav'), tempo, bar)
+        print(f'{name} ({".wav, " * sound}.svg): {nats:.3f} nats/frame, {len(notes)} notes, {len(tune) / grid[0]:g} beats'
+              + (f', at most {copied:g} beats in a row copied' if book is not None else ''))
         if place == 1:
             print(render.terminal_roll(notes))
+    if args.check_copies:
+        print(f'copies are looked for in the training songs of {path}, in every transposition' if book is not None else
+              f'whether it copied is not known, since {path} is not there any more')
 
 
 def main():

@@ -6,7 +6,9 @@ import hashlib
 import http.server
 import io
 import math
+import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -618,6 +620,281 @@ def test_nottingham_digest_is_the_published_one():
         assert len(data._nottingham_files(data.NOTTINGHAM.read_bytes())) == 1037
 
 
+# --- wkv.py and wkv_cuda.cu
+
+
+
+WKV_DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+@pytest.fixture(params=WKV_DEVICES)
+def wkv_device(request):
+    """A device with its kernel."""
+    kernel, why = wkv.find_kernel(request.param)
+    if not kernel:
+        pytest.skip(why)
+    return request.param
+
+
+def wkv_inputs(B, T, C, scale=1, w=None, dtype=torch.float32, device="cpu", seed=0):
+    """w, u, k, v and the gradient of y; the w of the channels run from 1e-4 to 50."""
+    make = torch.Generator().manual_seed(seed)
+    w = torch.logspace(-4, math.log10(50), C)[torch.randperm(C, generator=make)] if w is None else torch.full((C,), w)
+    k, v, g = torch.randn(3, B, T, C, generator=make) * torch.tensor([scale, scale, 1]).view(3, 1, 1, 1)
+    return [x.to(device) for x in (w, torch.randn(C, generator=make), k.to(dtype), v.to(dtype), g.to(dtype))]
+
+
+def wkv_random_state(B, C, device="cpu"):
+    make = torch.Generator().manual_seed(1)
+    a, b, p = torch.randn(3, B, C, generator=make)
+    return torch.stack((a, 1 + b.abs(), 5 * p), 1).to(device)
+
+
+def wkv_sum(w, u, k, v, g, state=None, size=False):
+    """y and the gradients of sum(g y) by w, u, k, v, as sums written from the formula: with weights P[s, t] of frame t
+    in y_s, the gradient of their exponents is g_s P[s, t] sum_j P[s, j] (v_t - v_j). size: the sums of the absolute terms."""
+    w, u, k, v, g = (x.detach().cpu().double() for x in (w, u, k, v, g))
+    if state is not None:  # as one more frame before the first
+        a, b, p = state.cpu().double().unbind(1)
+        k, v = torch.cat(((p + b.log())[:, None], k), 1), torch.cat(((a / b)[:, None], v), 1)
+    T, before = k.shape[1], k.shape[1] - g.shape[1]
+    age = (torch.arange(before, T)[:, None] - 1 - torch.arange(T))[None, :, :, None]  # of t at s: (1, S, T, 1)
+    exponent = torch.where(age < 0, (k + u)[:, None], k[:, None] - age * w)  # (B, S, T, C)
+    P = torch.softmax(exponent.masked_fill(age < -1, -torch.inf), 2)
+    near, values, g = (v[:, :, None] - v[:, None]), v, g[:, :, None]
+    if size:
+        near, values, g = near.abs(), values.abs(), g.abs()
+    d = g * P * torch.einsum("bsjc,btjc->bstc", P, near)
+    dw = (d * age.clamp_min(0)).sum((0, 1, 2))
+    return ((P * values[:, None]).sum(2), dw if size else -dw, (d * (age == -1)).sum((0, 1, 2)),
+            d.sum(1)[:, before:], (P * g).sum(1)[:, before:])
+
+
+def wkv_run(w, u, k, v, g, state=None, backend=None):
+    """y, the gradients of w, u, k, v, and the state."""
+    leaves = [x.detach().clone().requires_grad_() for x in (w, u, k, v)]
+    y, state = wkv.wkv(*leaves, state, backend)
+    assert not state.requires_grad
+    gradients = torch.autograd.grad(y, leaves, g, allow_unused=True)  # at T = 1 plain PyTorch does not use w
+    return [y.detach(), *(torch.zeros_like(x) if d is None else d for x, d in zip(leaves, gradients)), state]
+
+
+def wkv_error(x, want):
+    """|x - want| / |want|; less than 1e-30 counts as the zero it is in float32."""
+    assert torch.isfinite(x).all()
+    return ((x.cpu().double() - want.cpu().double()).norm() / want.double().norm().cpu().clamp_min(1e-30)).item()
+
+
+def wkv_check(got, want, forward=1e-5, gradient=1e-4):
+    errors = [wkv_error(x, y) for x, y in zip(got, want)]
+    assert errors[0] <= forward and max(errors[1:]) <= gradient, errors
+
+
+@pytest.mark.parametrize("scale", [1, 30])
+@pytest.mark.parametrize("T", [1, 2, 31, 32, 33])
+def test_wkv_kernel_is_the_sum(wkv_device, T, scale):
+    cases = [(C, w) for C in (1, 7, 64) for w in (None, 1e-4, 1.0, 50.0)]
+    for seed, (C, w) in enumerate(cases):
+        inputs = wkv_inputs(2, T, C, scale, w, device=wkv_device, seed=seed)
+        for state in (None, wkv_random_state(2, C, wkv_device)):
+            got, want = wkv_run(*inputs, state, wkv_device)[:5], wkv_sum(*inputs, state)
+            wkv_check(got, want)
+            sizes, bounds = wkv_sum(*inputs, state, size=True), (1e-5, 1e-4, 1e-4, 1e-2, 1e-4)
+            for x, y, size, bound in zip(got, want, sizes, bounds):  # each number, against the size of its terms
+                assert ((x.cpu() - y).abs() <= bound * size + 1e-30).all()
+
+
+@pytest.mark.parametrize("T, C, scale", [(1000, 512, 1), (1000, 64, 30), (4096, 1, 30), (4096, 7, 1), (4096, 64, 30)])
+def test_wkv_kernel_over_long_times(wkv_device, T, C, scale):
+    inputs = wkv_inputs(1, T, C, scale, device=wkv_device)
+    wkv_check(wkv_run(*inputs, None, wkv_device)[:5], wkv_run(*(x.double() for x in inputs), None, "torch")[:5])
+
+
+@pytest.mark.parametrize("T, scale", [(1, 1), (2, 1), (33, 1), (33, 4)])
+def test_wkv_torch_is_the_sum(T, scale):
+    inputs = wkv_inputs(2, T, 7, scale)
+    for state in (None, wkv_random_state(2, 7)):
+        want = wkv_sum(*inputs, state)
+        wkv_check(wkv_run(*inputs, state, "torch")[:5], want)
+        wkv_check(wkv_run(*(x.double() for x in inputs), state, "torch")[:5], want, 1e-12, 1e-10)
+
+
+def test_wkv_torch_gradcheck():
+    w, u, k, v, _ = (x.double().requires_grad_() for x in wkv_inputs(2, 5, 3))
+    assert torch.autograd.gradcheck(lambda *x: wkv.wkv(*x, backend="torch")[0], (w, u, k, v))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 16, 64])
+def test_wkv_parts_of_time_give_the_same(wkv_device, parts):
+    w, u, k, v, g = wkv_inputs(2, 333, 33, 10, device=wkv_device)
+    state = wkv_random_state(2, 33, wkv_device)
+    want = *wkv.launch_forward(w, u, k, v, state, 1), None
+    got = wkv.launch_forward(w, u, k, v, state, parts)
+    chunks = -(-333 // wkv.CHUNK[wkv_device])
+    assert got[2].shape == (2, chunks, 3, 33)  # nothing of size (B, T, C) is kept
+    assert wkv_error(got[0], want[0]) < 1e-6 and wkv_error(got[1][:, 2], want[1][:, 2]) < 1e-6
+    for x, y in zip(wkv.launch_backward(w, u, k, v, got[2], g, parts), wkv.launch_backward(w, u, k, v, want[2], g, 1)):
+        assert wkv_error(x, y) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "kernel"])
+def test_wkv_state_continues_a_tune(wkv_device, backend):
+    backend = wkv_device if backend == "kernel" else backend
+    w, u, k, v, _ = wkv_inputs(3, 100, 20, 5, device=wkv_device)
+    want, last = wkv.wkv(w, u, k, v, backend=backend)
+    for cuts in ([1] * 100, [7, 32, 33, 28], [99, 1]):
+        state, y = None, []
+        for k_piece, v_piece in zip(k.split(cuts, 1), v.split(cuts, 1)):
+            with torch.no_grad():
+                out, state = wkv.wkv(w, u, k_piece, v_piece, state, backend)
+            y.append(out)
+        assert wkv_error(torch.cat(y, 1), want) < 1e-5
+        means, log_sums = state[:, 0] / state[:, 1], state[:, 1].log() + state[:, 2]
+        assert wkv_error(means, last[:, 0] / last[:, 1]) < 1e-5
+        assert (log_sums - last[:, 1].log() - last[:, 2]).abs().max() < 1e-3
+    _, state = wkv.wkv(w, u, k[:, :50], v[:, :50], backend=backend)  # the back ends read each other's state
+    assert wkv_error(wkv.wkv(w, u, k[:, 50:], v[:, 50:], state, "torch")[0], want[:, 50:]) < 1e-5
+
+
+def test_wkv_very_long_tune(wkv_device):
+    w, u, k, v, _ = wkv_inputs(1, 200_000, 16, 3, device=wkv_device)
+    want, last = wkv.wkv(w, u, k, v)
+    state, y = None, []
+    for k_piece, v_piece in zip(k.split(1000, 1), v.split(1000, 1)):
+        out, state = wkv.wkv(w, u, k_piece, v_piece, state)
+        y.append(out)
+    assert wkv_error(torch.cat(y, 1), want) < 1e-6 and wkv_error(state[:, 0], last[:, 0]) < 1e-4
+
+
+def test_wkv_bfloat16(wkv_device):
+    inputs = wkv_inputs(2, 70, 19, dtype=torch.bfloat16, device=wkv_device)
+    got, want = wkv_run(*inputs, None, wkv_device), wkv_sum(*inputs)
+    assert [x.dtype for x in got] == [torch.bfloat16, torch.float32, torch.float32, *[torch.bfloat16] * 2, torch.float32]
+    wkv_check(got[:5], want, 3e-3, 3e-3)  # half a unit of bfloat16's last place is 2e-3
+    assert wkv_error(got[1], want[1]) < 1e-4 and wkv_error(got[2], want[2]) < 1e-4  # sums stay in float32
+    exact = wkv_run(*(x.float() for x in inputs), None, wkv_device)
+    assert torch.equal(got[0], exact[0].bfloat16())  # rounded once, to the nearest
+
+
+def test_wkv_strides_and_nan(wkv_device):
+    w, u, k, v, g = wkv_inputs(2, 40, 12, device=wkv_device)
+    want = wkv_run(w, u, k, v, g)
+    wide = torch.stack((k.transpose(1, 2), v.transpose(1, 2)), -1)  # (B, C, T, 2)
+    got = wkv_run(w.expand(2, 12).t().contiguous()[:, 0], u, wide[..., 0].transpose(1, 2), wide[..., 1].transpose(1, 2),
+                  g.transpose(0, 1).contiguous().transpose(0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
+    k[1, 20, 3] = math.nan  # a diverged model has to show
+    y = wkv.wkv(w, u, k, v)[0]
+    assert y[1, 20:, 3].isnan().all() and y.isnan().sum() == 20
+
+
+def test_wkv_opcheck(wkv_device):
+    for dtype in (torch.float32, torch.bfloat16):
+        w, u, k, v, g = wkv_inputs(2, 40, 5, dtype=dtype, device=wkv_device)
+        state = wkv_random_state(2, 5, wkv_device)
+        saved = wkv.kernel_forward(w, u, k, v, state)[2]
+        torch.library.opcheck(wkv.kernel_forward, (*(x.requires_grad_() for x in (w, u, k, v)), state))
+        torch.library.opcheck(wkv.kernel_backward, (*(x.detach() for x in (w, u, k, v)), saved, g))
+
+
+def test_wkv_compiles_into_a_training_step(wkv_device):
+    class Mix(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decay, self.first = torch.nn.Parameter(torch.randn(8)), torch.nn.Parameter(torch.randn(8))
+            self.key, self.value = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return wkv.wkv(self.decay.exp(), self.first, self.key(x), self.value(x))[0]
+
+    losses = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, x = Mix().to(wkv_device), torch.randn(2, 40, 8, device=wkv_device)
+        forward = torch.compile(model, fullgraph=True) if compiled else model
+        optimizer = torch.optim.AdamW(model.parameters(), 0.03)
+        losses[compiled] = []
+        for _ in range(6):
+            loss = (forward(x) - x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[compiled].append(loss.item())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4) and losses[True][-1] < losses[True][0]
+
+
+@pytest.mark.parametrize("change, match", [
+    (dict(backend="gpu"), "'gpu'"), (dict(backend="cuda"), "'cuda' cannot run on torch.float32 on cpu"),
+    (dict(w=torch.ones(4)), r"w \(4,\)"), (dict(v=torch.ones(2, 4, 3)), r"v \(2, 4, 3\)"),
+    (dict(state=torch.zeros(1, 3, 3)), r"state \(1, 3, 3\)"), (dict(k=torch.ones(2, 0, 3), v=torch.ones(2, 0, 3)), "at least 1"),
+    (dict(k=torch.ones(2, 5, 3).double(), backend="cpu"), "cannot run on torch.float64")])
+def test_wkv_refuses(change, match):
+    inputs = dict(zip("wukv", wkv_inputs(2, 5, 3)))
+    with pytest.raises(ValueError, match=match):
+        wkv.wkv(**{**inputs, **change})
+
+
+def wkv_process(tmp_path, code, cache="cache", **environment):
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / cache), **environment}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=Path(wkv.__file__).parent, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("missing", ["compiler", "cache"])
+def test_wkv_falls_back_with_one_line(tmp_path, missing):
+    (tmp_path / "file").touch()
+    code = ("import torch, wkv; print('imported', flush=True); x = torch.ones(1, 3, 2)\n"
+            "for _ in range(2): y, _ = wkv.wkv(x[0, 0], x[0, 0], x, x)\n"
+            "print(y.sum().item(), wkv.find_kernel('cpu')[0])")
+    change = dict(PATH=str(tmp_path), CXX="no-such-compiler") if missing == "compiler" else dict(cache="file")
+    out, err = wkv_process(tmp_path, code, **change).communicate()
+    assert out.split("\n")[:2] == ["imported", "6.0 None"], err
+    said = [line for line in err.splitlines() if "WKV" in line]
+    assert len(said) == 1 and re.match("WKV: plain PyTorch, as the CPU kernel cannot be built: .", said[0])
+
+
+def test_wkv_two_processes_build_at_once(tmp_path, wkv_device):
+    code = f"import wkv; print(wkv.describe({wkv_device!r}))"
+    for process in [wkv_process(tmp_path, code) for _ in range(2)]:
+        out, err = process.communicate()
+        assert out.startswith(f"WKV: {wkv_device.upper()} kernel"), err
+    assert [path.suffix for path in (tmp_path / "cache" / "wkv").iterdir()] == [".so"]
+
+
+def test_wkv_benchmark_runs(tmp_path):
+    run = subprocess.run([sys.executable, wkv.__file__, "--device=cpu", "--shapes", "1,20,8"], text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert "WKV: " in run.stdout and "GB/s" in run.stdout and re.search(r"1,20,8 +plain: forward", run.stdout)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_wkv_nvcc_builds_without_warnings_or_spills(tmp_path, arch):
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc")
+    source = Path(wkv.__file__).with_name("wkv_cuda.cu")
+    run = subprocess.run(["nvcc", *wkv.FLAGS["cuda"], f"-DCHUNK={wkv.CHUNK['cuda']}", f"-arch={arch}", "-cubin",
+                          "-Werror=all-warnings", "-Xptxas=-v,-warn-spills", "-o", tmp_path / "wkv.cubin", source],
+                         text=True, capture_output=True)
+    report = run.stdout + run.stderr
+    assert run.returncode == 0 and "warning" not in report, report
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == 4 and set(spills) == {("0", "0", "0")}, report  # forward and backward, float32 and bfloat16
+
+
+@pytest.mark.skipif("cuda" not in WKV_DEVICES, reason="no GPU")
+def test_wkv_runs_on_the_current_stream():
+    inputs = wkv_inputs(4, 300, 100, device="cuda")
+    want = wkv_run(*inputs)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # were it on another stream, it would read k before it is there
+        k = inputs[2] * 1
+        got = wkv_run(*inputs[:2], k, *inputs[3:])
+    stream.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # model.py
 
@@ -687,6 +964,7 @@ def test_model_lookback_reads_the_frame_that_stood_lag_frames_before_the_next():
     lags, T, V, C = (5, 1, 3), 9, 4, 6
     model = Model(Config(V, 'rwkv', 'bernoulli', 1, C, lookback=lags)).double().eval()
     frames = random_frames(2, T, V)
+    frames[0, :, -1] = 0  # one row is all one tune, the other has several
     with torch.no_grad():
         model.emb.weight.zero_()
         model.look.weight.normal_()
@@ -694,8 +972,9 @@ def test_model_lookback_reads_the_frame_that_stood_lag_frames_before_the_next():
     x = model.emb.bias.repeat(2, T, 1)
     for t in range(T):  # frame t is read, frame t + 1 comes next
         for j, lag in enumerate(lags):
-            if t + 1 - lag >= 0:
-                x[:, t] += frames[:, t + 1 - lag].double() @ look[:, j * V:(j + 1) * V].T
+            for b in range(2):  # a frame whose last unit is on begins another tune, which does not look behind it
+                if t + 1 - lag >= 0 and not frames[b, t + 2 - lag:t + 1, -1].any():
+                    x[b, t] += frames[b, t + 1 - lag].double() @ look[:, j * V:(j + 1) * V].T
     expected = model.head(norm(norm(x, (C,)), (C,)))
     torch.testing.assert_close(model(frames)[0], expected, rtol=0, atol=1e-12)
     # a window cut from the middle of a tune comes with the frames before it
@@ -1178,12 +1457,49 @@ def test_sample_key_moves_the_tune(trained, tmp_path):
 def test_longest_copy_finds_a_passage_in_any_transposition():
     rng = np.random.default_rng(0)
     notes = lambda n: np.stack([rng.integers(30, 60, n), np.arange(n), np.arange(n) + 1], 1).astype(float)
-    names, old, new = {}, notes(300), notes(100)
-    book = sample.intervals(old, 4, names)
-    assert sample.longest_copy(sample.intervals(new, 4, names), book) < 40
+    old, new = notes(300), notes(100)
+    book = sample.intervals(old, 4)
+    assert sample.longest_copy(sample.intervals(new, 4), book) < 40
     new[20:60, 0] = old[200:240, 0] - 7                          # 40 beats at 4 steps; the first strike has another before it
-    assert 39 * 4 <= sample.longest_copy(sample.intervals(new, 4, names), book) <= 41 * 4
+    assert 39 * 4 <= sample.longest_copy(sample.intervals(new, 4), book) <= 41 * 4
     assert sample.longest_copy(book, book) == len(book)
+
+
+@pytest.mark.parametrize('bar', [3, 4])
+def test_beats_per_bar_follows_the_chords(bar):
+    chords = [(27 + step, b * bar, (b + 1) * bar) for b in range(12) for step in (0, 4, 7)]
+    melody = [(50 + i % 5, i / 2, i / 2 + 0.5) for i in range(24 * bar)]
+    assert sample.beats_per_bar(np.array(chords + melody, dtype=float)) == bar
+    assert sample.beats_per_bar(np.empty((0, 3))) == 4
+
+
+def test_sample_continues_abc_and_tells_what_it_copied(trained, tmp_path):
+    (tmp_path / 'mine.abc').write_text('X:1\nT:Mine\nM:4/4\nL:1/4\nQ:1/4=77\nK:C\n"C"CDEF|"G7"GFED|\n')
+    done = run('sample', '--ckpt', trained[2]['lstm'][1], '--prompt', tmp_path / 'mine.abc', '--length=8', '--seed=3', '--out', tmp_path / 'y.mid')
+    assert done.returncode == 0, done.stderr
+    song = data.read_midi(tmp_path / 'y.mid')
+    assert song.tempo == pytest.approx(77, abs=0.01) and song.notes[0].tolist() == [27, 0, 4]
+    assert re.search(r'at most [\d.]+ beats in a row copied', done.stdout)
+    assert '--check_copies' in run('sample', '--help').stdout
+
+
+def test_training_leaves_a_loss_chart(trained):
+    home, book, runs = trained
+    assert 'lstm' in (home / 'bernoulli' / 'loss.svg').read_text()
+
+
+def test_training_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
+    book = scale_book(tmp_path / 'book')
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'rwkv.pt').write_bytes(b'an earlier run')
+    monkeypatch.setattr(Model, 'nll', lambda self, out, targets: out.sum() * math.nan)
+    monkeypatch.setattr(sys, 'argv', ['train.py', f'--data={book}', '--max_iters=3', f'--out_dir={tmp_path / "out"}', *TINY])
+    monkeypatch.setattr(train, 'evaluate', lambda *a: (1.0, 1, 1))
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and 'step 0' in message and '--learning_rate' in message
+    assert (tmp_path / 'out' / 'rwkv.pt').read_bytes() == b'an earlier run'
 
 
 def test_seeds_make_training_repeatable(tmp_path):
@@ -1207,6 +1523,7 @@ BAD_OPTIONS = [
     ('train', ['--max_iters=0', '--max_minutes=0'], '--max_iters'),
     ('train', ['--device=cuda:99'], '--device'),
     ('train', ['--no_such_option'], '--no_such_option'),
+    ('sample', ['--seed=x'], '--seed'),
     ('train', ['--data={tmp}/nowhere'], 'nowhere'),
     ('train', ['--data={tmp}/empty'], 'empty'),
     ('train', ['--data={book}', '--block_size=100000'], '--block_size'),

@@ -1,7 +1,8 @@
 """
 Train a model on tunes:  python train.py --arch=rwkv
 
-Writes out/<arch>.pt (the best checkpoint by validation loss) and out/<arch>.csv (every number it prints).
+Writes out/<arch>.pt (the best checkpoint by validation loss), out/<arch>.csv (every number it prints) and
+out/loss.svg (a chart of the validation losses of all runs there).
 """
 
 import argparse
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 import data
+import render
 import wkv
 from data import UserError, write_whole
 from model import VERSION, CheckpointError, Config, Model, load_checkpoint
@@ -54,7 +56,8 @@ def beats(text):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog='example: python train.py --arch=lstm --data=my_tunes.zip --max_minutes=30')
     parser.error = lambda message: exit_with(message + '; --help lists the options')
     flag = dict(type=boolean, nargs='?', const=True, metavar='BOOL')
 
@@ -194,6 +197,11 @@ def fit(args):
         raise UserError(f'cannot make the folder --out_dir={args.out_dir} ({e.strerror}): choose another') from None
     checkpoint, table = args.out_dir / f'{args.arch}.pt', args.out_dir / f'{args.arch}.csv'
 
+    # what sample.py needs to know of the data
+    meta = dict(data=args.data if args.data == 'nottingham' else str(Path(args.data).resolve()), source=dataset.source,
+                steps_per_beat=args.steps_per_beat, onsets=args.onsets, common_key=args.common_key,
+                tempo=float(np.median([song.tempo for song in dataset.songs['train']])))
+
     print(f'device: {device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix("torch.")} matrix products')
     if args.arch == 'rwkv':
         print(wkv.describe(device))
@@ -226,10 +234,8 @@ def fit(args):
             minutes = (time.perf_counter() - begin) / 60
             rows.append(dict(iter=step, minutes=round(minutes, 3), valid=round(valid, 5)))
             print(f'step {step}: valid {valid:.4f} nats/frame')
-            if valid < best or step == 0:
+            if valid < best and step:               # an untrained model does not replace a checkpoint of an earlier run
                 best = valid
-                meta = dict(data=args.data, source=dataset.source, steps_per_beat=args.steps_per_beat, onsets=args.onsets,
-                            common_key=args.common_key, tempo=float(np.median([s.tempo for s in dataset.songs['train']])))
                 buffer = io.BytesIO()
                 torch.save(dict(version=VERSION, config=asdict(config), meta=meta, step=step, valid=valid,
                                 model=model.state_dict()), buffer)
@@ -254,12 +260,16 @@ def fit(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)       # flush the gradients early, their memory serves the next step
         recent.append(loss.item())
+        if not math.isfinite(recent[-1]):
+            raise UserError(f'the loss is {recent[-1]} at step {step}: lower --learning_rate or --grad_clip and train again; '
+                            f'what stood in {checkpoint} at the last validation stands there still')
         spent += time.perf_counter() - start
         step += 1
         if step % args.log_interval == 0:
             loss, rate = sum(recent) / len(recent), batch_size * args.block_size * len(recent) / spent
             passed = time.perf_counter() - begin
-            left = passed / max(progress(), 1e-9) - passed
+            left = min(60 * args.max_minutes - passed if args.max_minutes else math.inf,
+                       passed / step * (args.max_iters - step) if args.max_iters else math.inf)
             print(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} frames/s, {clock(left)} left', flush=True)
             rows.append(dict(iter=step, minutes=round(passed / 60, 3), train=round(loss, 5), lr=lr, frames_per_second=round(rate)))
             recent, spent = [], 0.0
@@ -269,7 +279,7 @@ def fit(args):
     rows.append(dict(iter=step, minutes=round((time.perf_counter() - begin) / 60, 3), test=round(test, 5)))
     save_rows(table, rows)
     print(f'data: {dataset.source}')
-    print(f'best checkpoint: {checkpoint}, valid {best:.4f} nats/frame')
+    print(f'best checkpoint: {checkpoint}, valid {best:.4f} nats/frame; losses of all runs: {render.draw_losses(args.out_dir)}')
     print(f'test: {test:.4f} nats/frame ({songs} songs, {frames:,} frames)')
 
 

@@ -1,6 +1,6 @@
 """The WKV operator of RWKV-4 (arXiv 2305.13048, section 3): one function, three back ends.
 
-    y_t = (sum_{i<t} e^(-(t-1-i) w + k_i) v_i + e^(u + k_t) v_t) / (the same without the v),   w > 0, per channel
+    y_t = (sum_{i<t} e^(-(t-1-i) w + k_i) v_i + e^(u + k_t) v_t) / (the same without v),   w > 0, per channel
 
 wkv_torch is the explanation and the oracle; wkv_cuda.cu is the speed, on the GPU and on the CPU.
 `python wkv.py` measures them. Shape letters: B batch, T frames, C channels."""
@@ -9,8 +9,8 @@ import ctypes
 import functools
 import hashlib
 import os
-import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 CHUNK = {"cpu": 32, "cuda": 8}  # frames in a chunk of time: what fits a CPU's nearest cache, a GPU's registers
-FLAGS = {"cpu": ["-O3", "-ffp-contract=fast"], "cuda": ["-O3", "-ftz=true"]}
+FLAGS = {"cpu": ["-O3", "-std=c++17", "-ffp-contract=fast"], "cuda": ["-O3", "-std=c++17", "-ftz=true"]}
 VECTORS = {"AVX512": ["-march=skylake-avx512"], "AVX2": ["-march=haswell"]}  # not native: machines share caches
 
 
@@ -29,14 +29,17 @@ def wkv(w, u, k, v, state=None, backend=None):
     w = exp(time_decay) > 0 and u = time_first: (C,). k, v: (B, T, C), float32 or bfloat16. state: (B, 3, C)
     float32 as an earlier call returned it (numerator, denominator, the exponent both are relative to), None at
     the start of a tune. backend: 'cuda', 'cpu', 'torch', or None for the best at hand.
-    Returns y (B, T, C) in v's dtype and the state after frame T. The gradient of y reaches w, u, k and v; states
-    are constants, so a tune read in pieces has its gradient cut between them. Raises ValueError for shapes that
-    do not fit and for a back end that is unknown or cannot run on these tensors."""
+    Returns y (B, T, C) in v's dtype and the state after frame T. The gradient of y reaches w, u, k and v;
+    states are constants, so a tune read in pieces has its gradient cut between them. Raises ValueError for
+    shapes that do not fit and for a back end that is unknown or cannot run on these tensors."""
     B, T, C = k.shape
     state = fresh_state(k) if state is None else state.detach()
-    if not (T and v.shape == k.shape and w.shape == u.shape == (C,) and state.shape == (B, 3, C)):
-        raise ValueError(f"wkv: k {(*k.shape,)} and v {(*v.shape,)} must be (B, T, C) with T at least 1, "
+    if not (k.numel() and v.shape == k.shape and w.shape == u.shape == (C,) and state.shape == (B, 3, C)):
+        raise ValueError(f"wkv: k {(*k.shape,)} and v {(*v.shape,)} must be (B, T, C), none of them 0, "
                          f"w {(*w.shape,)} and u {(*u.shape,)} (C,), state {(*state.shape,)} (B, 3, C)")
+    if not w.device == u.device == k.device == v.device == state.device:
+        devices = ", ".join(str(x.device) for x in (w, u, k, v, state))
+        raise ValueError(f"wkv: w, u, k, v and state must be on one device, not on {devices}")
     device = k.device.type
     ready = k.dtype == v.dtype and k.dtype in (torch.float32, torch.bfloat16) and has_kernel(device)
     if backend is None:
@@ -86,32 +89,39 @@ def find_kernel(device):
         return None, f"as there is no kernel for {device}"
     try:
         return build_kernel(device)
-    except Exception as error:  # no compiler, no ninja, an old compiler, a read-only folder: all end the same way
+    except Exception as error:  # no compiler, an old one, a read-only folder: all end the same way
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         return None, f"as the {device.upper()} kernel cannot be built: {reason}"
 
 
 def build_kernel(device):
     from torch.utils import cpp_extension  # not at the top: plain PyTorch does without it
-    flags = [*FLAGS[device], f"-DCHUNK={CHUNK[device]}"]
     if device == "cuda":
-        gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-        target = " ".join(sorted({"sm_%d%d" % gpu for gpu in gpus}))
+        gpus = sorted({"%d%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+        nvcc = os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc") if cpp_extension.CUDA_HOME else "nvcc"
+        command = [nvcc, "-Xcompiler=-fPIC", *(f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus)]
+        target, options = "sm_" + ", sm_".join(gpus), [[]]
     else:
         target = torch.backends.cpu.get_cpu_capability()
-        flags += VECTORS.get(target, []) + (["-fopenmp"] if sys.platform == "linux" else [])
+        command = [cpp_extension.get_cxx_compiler(), "-fPIC", *VECTORS.get(target, []), "-xc++"]
+        options = [["-fopenmp"], []]  # without OpenMP: one core
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wkv_cuda.cu")
+    command += [*FLAGS[device], f"-DCHUNK={CHUNK[device]}", "-shared", source, "-o"]
     with open(source, "rb") as f:
-        key = hashlib.sha256(f.read() + f"{target} {flags} {torch.version.cuda}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f.read() + repr(command).encode()).hexdigest()[:16]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    library = os.path.join(root, "wkv", f"wkv_{device}_{key}.so")
+    folder = os.path.join(root, "wkv")
+    library = os.path.join(folder, f"wkv_{device}_{key}.so")
     if not os.path.exists(library):
-        os.makedirs(os.path.dirname(library), exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(library)) as build:  # so that no two processes meet
-            copy = shutil.copy(source, os.path.join(build, "wkv.cu" if device == "cuda" else "wkv.cpp"))
-            cpp_extension.load("wkv_kernel", copy, extra_cflags=flags, extra_cuda_cflags=flags,
-                               build_directory=build, is_python_module=False)
-            os.replace(os.path.join(build, "wkv_kernel.so"), library)
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # no two processes meet in it
+            for option in options:
+                run = subprocess.run([*command, scratch + "/wkv.so", *option], capture_output=True, text=True)
+                if run.returncode == 0:
+                    break
+            else:
+                raise RuntimeError(f"{command[0]} says {run.stderr}")
+            os.replace(scratch + "/wkv.so", library)
     return ctypes.CDLL(library), f"{device.upper()} kernel for {target}"
 
 
@@ -175,18 +185,21 @@ def launch_forward(w, u, k, v, state, parts=0):
     segments, warps = split_time(k, parts)
     y, last, saved = torch.empty_like(v), torch.empty_like(state), state.new_empty(B, count_chunks(k), 3, C)
     scan = state.new_empty(B, segments, 4, C) if segments > 1 else saved
-    launch("wkv_forward", k, segments, warps, w=w, u=u, v=v, state=state, last=last, saved=saved, scan=scan, y=y)
+    launch("wkv_forward", k, segments, warps, w=w, u=u, v=v, state=state, last=last, saved=saved, scan=scan,
+           y=y)
     return y, last, saved
 
 
 def launch_backward(w, u, k, v, saved, g, parts=0):
     """The gradients of w, u (float32), k and v, given that of y, g (B, T, C)."""
-    w, u, k, v, g = w.float().contiguous(), u.float().contiguous(), k.contiguous(), v.contiguous(), g.contiguous()
+    w, u, k = w.float().contiguous(), u.float().contiguous(), k.contiguous()
+    v, g = v.contiguous(), g.contiguous()
     B, T, C = k.shape
     segments, warps = split_time(k, parts)
     dk, dv, scan = torch.empty_like(k), torch.empty_like(v), saved.new_empty(B, segments, 4, C)
     dwu = saved.new_empty(B, segments * warps, 2, C)  # one sum from each part
-    launch("wkv_backward", k, segments, warps, w=w, u=u, v=v, saved=saved, scan=scan, g=g, dk=dk, dv=dv, dwu=dwu)
+    launch("wkv_backward", k, segments, warps, w=w, u=u, v=v, saved=saved, scan=scan, g=g, dk=dk, dv=dv,
+           dwu=dwu)
     return *dwu.sum((0, 1)), dk, dv
 
 
