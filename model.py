@@ -420,7 +420,7 @@ def load_checkpoint(path, device='cpu'):
             expected = Model(config).state_dict()
         for name in expected.keys() | weights.keys():
             want, have = expected.get(name), weights.get(name)
-            if want is None or have is None or have.shape != want.shape:
+            if want is None or not isinstance(have, torch.Tensor) or have.shape != want.shape:
                 shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else 'absent' for x in (have, want)]
                 raise ValueError(f'its {name} is {shapes[0]} and should be {shapes[1]}')
             if have.dtype != want.dtype or have.device.type != 'cpu' or not (have.is_contiguous() and have.isfinite().all()):

@@ -223,13 +223,32 @@ def clock(seconds):
 
 def go_on_command():
     """The command that goes on with this run."""
-    words = sys.orig_argv if 'RANK' not in os.environ else \
-        ['torchrun', '--standalone', f'--nproc_per_node={os.environ["LOCAL_WORLD_SIZE"]}', *sys.argv]
+    words, here = sys.orig_argv, os.environ.get('LOCAL_WORLD_SIZE')
+    if here:
+        words = ['torchrun', '--standalone', f'--nproc_per_node={here}', *sys.argv]
+        if here != os.environ['WORLD_SIZE']:
+            return 'the torchrun command of each node, with --resume'
     return shlex.join(words + ['--resume'] * ('--resume' not in words))
 
 
+# the variables of a run, beside weights and optimiser: all that --resume needs, since a step draws its random numbers
+# from the seed and its own number
+RUN = dict(step=int, elapsed=float, evaluating=float, best=float, rows=list, recent=list, spent=float)
+
+
+def load_last(path):
+    """A <arch>.last.pt -> its dictionary. Raises CheckpointError if it is none."""
+    _, saved = load_checkpoint(path)
+    run, words = saved.get('run'), saved.get('options')
+    if not (isinstance(run, dict) and all(type(run.get(name)) is kind for name, kind in RUN.items())
+            and all(isinstance(row, dict) for row in run['rows']) and all(isinstance(x, float) for x in run['recent'])
+            and isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise CheckpointError(f'{path} is not a run that can go on: train without --resume')
+    return saved
+
+
 def restore(saved, path, model, optimizer):
-    """Puts the weights and the optimiser's state of a <arch>.last.pt in place, and returns its other variables."""
+    """Puts weights and optimiser's state of a <arch>.last.pt in place. Raises UserError if they are another model's."""
     now, then = asdict(model.config), saved['config']
     for name in now:
         if now[name] != then[name] and name != 'dropout':
@@ -242,24 +261,16 @@ def restore(saved, path, model, optimizer):
                 x.shape != p.shape or x.dtype != p.dtype or not x.isfinite().all()
                 for i, p in enumerate(parameters) for x in (moments[i]['exp_avg'], moments[i]['exp_avg_sq'])):
             raise ValueError
-        run = {name: kind(saved['run'][name]) for name, kind in RUN.items()}
-        if not all(isinstance(row, dict) for row in run['rows']):
-            raise ValueError
         # the groups hold learning rate and weight decay, which are for the options to say
         optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()['param_groups']))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise CheckpointError(f'{path} is not a run that can go on: train without --resume') from None
     model.load_state_dict(saved['model'])
-    return run
-
-
-# the variables of a run, beside weights and optimiser: all that --resume needs, since a step draws its random numbers
-# from the seed and its own number
-RUN = dict(step=int, elapsed=float, evaluating=float, best=float, rows=list, recent=list, spent=float)
 
 
 def fit(args, saved=None):
-    """Trains as the options say; saved: the content of a <arch>.last.pt to go on from."""
+    """Trains as the options say; saved: the content of a <arch>.last.pt to go on from. Returns the signal that stopped it,
+    or 0."""
     begin = time.perf_counter()
     rank, world = ranks()
     say = print if rank == 0 else lambda *args, **options: None
@@ -317,7 +328,8 @@ def fit(args, saved=None):
                                   betas=(0.9, args.beta2), fused=True)
     best, rows, recent, spent, evaluating, step = math.inf, [], [], 0.0, 0.0, 0
     if saved:
-        run = restore(saved, last, model, optimizer)
+        restore(saved, last, model, optimizer)
+        run = saved['run']
         best, rows, recent, spent, evaluating, step = (run[name] for name in 'best rows recent spent evaluating step'.split())
         begin -= run['elapsed']
         saved.clear()       # lets go of the file, which the next save replaces
@@ -355,7 +367,7 @@ def fit(args, saved=None):
         if stopped:
             save_last()
             say(f'stopped at step {step}; to go on:  {go_on_command()}', flush=True)
-            sys.exit(128 + int(stopped))
+            return int(stopped)
         if step % args.eval_interval == 0 or done == 1:
             if step:        # an untrained model does not replace a checkpoint of an earlier run, here and below
                 save_last()         # before validating: a run that goes on from here validates first of all
@@ -364,7 +376,7 @@ def fit(args, saved=None):
             evaluating = time.perf_counter() - start
             minutes = (time.perf_counter() - begin) / 60
             rows.append(dict(iter=step, minutes=round(minutes, 3), valid=round(valid, 5)))
-            say(f'step {step}: valid {valid:.4f} nats/frame')
+            say(f'step {step}: valid {valid:.4f} nats/frame', flush=True)
             if step and not valid >= best:
                 best = valid
                 save(checkpoint, valid)
@@ -421,15 +433,20 @@ def fit(args, saved=None):
         say(f'data: {dataset.source}')
         say(f'best checkpoint: {checkpoint}, valid {best:.4f} nats/frame; losses of all runs: {render.draw_losses(args.out_dir)}')
         say(f'test: {test:.4f} nats/frame ({songs} songs, {frames:,} frames)')
+    return 0
 
 
 def main():
     try:
         args, saved = parse_args(), None
         if args.resume:
-            _, saved = load_checkpoint(args.out_dir / f'{args.arch}.last.pt')
-            args = parse_args([str(word) for word in saved.get('options', [])] + sys.argv[1:])
-        fit(args, saved)
+            saved = load_last(args.out_dir / f'{args.arch}.last.pt')
+            args = parse_args([*saved['options'], *sys.argv[1:], f'--arch={args.arch}', f'--out_dir={args.out_dir}'])
+        stopped = fit(args, saved)
+        if ranks()[1] > 1:
+            dist.destroy_process_group()
+        if stopped:
+            sys.exit(128 + stopped)
     except (UserError, CheckpointError) as e:
         exit_with(e)
     except KeyboardInterrupt:       # while it was still reading the music
