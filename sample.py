@@ -138,6 +138,9 @@ def compose(args):
     if length > data.MAX_FRAMES:
         raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
                         f'{data.MAX_FRAMES // meta["steps_per_beat"]:,} beats or less')
+    if args.num_samples * length > 200 * data.MAX_FRAMES:       # 3.5 GB
+        raise UserError(f'--num_samples={args.num_samples} times --length={args.length:g} is more than {200 * data.MAX_FRAMES:,} '
+                        'frames at once: ask for fewer or shorter tunes')
     out = args.out or args.ckpt.with_suffix('.mid')
     seed = secrets.randbits(32) if args.seed is None else args.seed
     generator = torch.Generator(device).manual_seed(seed)

@@ -1542,6 +1542,7 @@ BAD_OPTIONS = [
     ('sample', ['--ckpt={ckpt}', '--temperature=-1'], '--temperature'),
     ('sample', ['--ckpt={ckpt}', '--top_p=0'], '--top_p'),
     ('sample', ['--ckpt={ckpt}', '--length=1e6'], '--length'),
+    ('sample', ['--ckpt={ckpt}', '--num_samples=10000', '--length=20000'], '--num_samples'),
     ('sample', ['--ckpt={ckpt}', '--key=H'], '--key'),
     ('sample', ['--ckpt={ckpt}', '--prompt={tmp}/silent.mid'], 'silent.mid'),
     ('sample', ['--ckpt={ckpt}', '--prompt={tmp}/file'], 'file'),
@@ -1663,10 +1664,10 @@ def test_kill_9_in_the_act_of_saving_leaves_a_checkpoint(book, tmp_path):
     """Real runs that save after every step, killed at random while the new checkpoint is being written; each goes on
     where the one before was killed."""
     rng, steps, torn = np.random.default_rng(), [0], 0
-    words = [sys.executable, HERE / 'train.py', f'--data={book}', f'--out_dir={tmp_path / "out"}', *TINY, '--n_embd=96',
+    words = [sys.executable, HERE / 'train.py', f'--data={book}', f'--out_dir={tmp_path / "out"}', *TINY, '--n_embd=256',
              '--max_iters=1000000', '--eval_interval=1', '--arch=lstm', '--resume']
-    assert training(book, tmp_path / 'out', '--n_embd=96', '--max_iters=1', '--arch=lstm') == 0
-    for _ in range(6):
+    assert training(book, tmp_path / 'out', '--n_embd=256', '--max_iters=1', '--arch=lstm') == 0
+    for i in range(6):
         process = subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if line.startswith(f'step {steps[-1] + 3}:'):
@@ -1674,7 +1675,7 @@ def test_kill_9_in_the_act_of_saving_leaves_a_checkpoint(book, tmp_path):
         end = time.monotonic() + 10
         while time.monotonic() < end and not any((tmp_path / 'out').glob('*.pt.*.part')):
             pass
-        time.sleep(rng.uniform(0, 0.01))
+        time.sleep(i % 2 * rng.uniform(0, 0.02))      # before, during or after the renaming
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
