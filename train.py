@@ -336,7 +336,7 @@ def fit(args, saved=None):
         say(f'going on from {last}: step {step}, {clock(run["elapsed"])} of training')
     loss_of = Loss(model, args.compile)
     if world > 1:       # averages the gradients of all processes, each of which takes its own rows of a batch
-        loss_of = nn.parallel.DistributedDataParallel(loss_of, [device] if kind == 'cuda' else None, broadcast_buffers=False)
+        loss_of = nn.parallel.DistributedDataParallel(loss_of, [device] if kind == 'cuda' else None)
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     history = max(lookback, default=1) - 1          # frames before a window that its lookback can reach
 
