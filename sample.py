@@ -44,7 +44,7 @@ def parse_args():
           ('ckpt', Path('out/rwkv.pt'), Path, 'checkpoint written by train.py (default: out/rwkv.pt)'),
           ('device', 'cpu', str, 'cpu, cuda, ... (default: cpu, which composes one tune as fast as a GPU)'))
     group('composing',
-          ('num_samples', 1, number(int, 1, 10_000), 'tunes, composed side by side and ranked by nats a frame (default: 1)'),
+          ('num_samples', 1, number(int, 1, 10_000), 'tunes, composed side by side; those whose nats a frame are nearest to real tunes come first (default: 1)'),
           ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before (default: 256)'),
           ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune (default: 16)'),
           ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer (default: 1)'),
@@ -116,15 +116,17 @@ def longest_copy(tune, book):
 
 def training_book(meta):
     """The training songs of a checkpoint, as intervals() with a fence behind each; and where they are. None if gone."""
-    path = Path(meta['data'])
+    path, grid = Path(meta['data']), (meta['steps_per_beat'], meta['onsets'])
     if meta['data'] == 'nottingham':
         path = data.NOTTINGHAM if data.NOTTINGHAM.exists() else data.TUNES
     try:
-        songs = data.load(path, meta['steps_per_beat'], log=lambda line: None).songs['train']
+        songs = data.load(path, *grid, log=lambda line: None).songs['train']
     except UserError:
         return None, path
-    fence = np.array([-1])
-    return np.concatenate([x for song in songs for x in (intervals(song.notes, meta['steps_per_beat']), fence)]), path
+    book = []
+    for song in songs:      # seen through the same frames as what is composed
+        book += [intervals(data.to_notes(data.to_frames(song.notes, *grid), *grid), grid[0]), np.array([-1])]
+    return np.concatenate(book), path
 
 
 def compose(args):
@@ -137,6 +139,8 @@ def compose(args):
         raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
                         f'{data.MAX_FRAMES // meta["steps_per_beat"]:,} beats or less')
     out = args.out or args.ckpt.with_suffix('.mid')
+    if not out.parent.is_dir():
+        raise UserError(f'there is no folder {out.parent} for {out.name}: make it, or give another --out')
     seed = secrets.randbits(32) if args.seed is None else args.seed
     generator = torch.Generator(device).manual_seed(seed)
     print(f'{args.ckpt}: {model.config.arch}, trained on {meta["source"]}, valid {checkpoint["valid"]:.4f} nats/frame')
@@ -158,8 +162,9 @@ def compose(args):
     seconds, count = time.perf_counter() - start, sum(map(len, composed))
     print(f'seed {seed}: {args.num_samples} x {max(map(len, composed))} frames in {seconds:.1f} s, '
           f'{count / seconds:,.0f} frames a second')
-    # the model's own opinion: nats a frame of what it composed; low is what it finds most natural
-    ranked = sorted((model.nats_per_frame(prompt[i], tune), i) for i, tune in enumerate(composed) if len(tune))
+    # the model's own opinion, nats a frame: far above what real tunes get is noise, far below is one bar over and over
+    scored = [(model.nats_per_frame(prompt[i], tune), i) for i, tune in enumerate(composed) if len(tune)]
+    ranked = sorted(scored, key=lambda score: abs(score[0] - checkpoint['valid']))
     if not ranked:
         raise UserError(f'the model ended the tune at once: use another --seed{" or a shorter prompt" * bool(args.prompt)}')
 
@@ -175,7 +180,7 @@ def compose(args):
         bar, tempo = beats_per_bar(notes), args.tempo or usual_tempo
         data.write_midi(notes, name, tempo)
         render.write_svg(notes, name.with_suffix('.svg'), bar, beats, name.stem)
-        sound = notes[:, 2].max(initial=0) * 60 / tempo <= render.LONGEST
+        sound = bool(notes[:, 2].max(initial=0) * 60 / tempo <= render.LONGEST)
         if sound:
             render.write_wav(notes, name.with_suffix('.wav'), tempo, bar)
         print(f'{name} ({".wav, " * sound}.svg): {nats:.3f} nats/frame, {len(notes)} notes, {len(tune) / grid[0]:g} beats'
