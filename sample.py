@@ -48,7 +48,7 @@ def parse_args():
           ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before (default: 256)'),
           ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune (default: 16)'),
           ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer (default: 1)'),
-          ('top_p', 0.95, number(float, 0.01, 1), 'nucleus: choose among the likeliest that hold so much probability (default: 0.95)'),
+          ('top_p', 0.98, number(float, 0.01, 1), 'nucleus: choose among the likeliest that hold so much probability (default: 0.98)'),
           ('seed', None, number(int, 0, 2 ** 63 - 1), 'the same seed gives the same files (default: a new one, which is printed)'),
           ('prompt', None, Path, 'a .mid or .abc file to continue'),
           ('prompt_beats', math.inf, number(float, 0), 'read so many beats of the prompt (default: all)'),
