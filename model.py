@@ -15,6 +15,9 @@ Nothing in here knows about music: a frame is any set of units, a character of t
 """
 
 import math
+import os
+import pickle
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +36,12 @@ class Config:
     n_embd: int = 192           # C
     dropout: float = 0.1
     lookback: tuple = ()        # lags in frames: the model also reads the frames that stood so long before the next one
+
+    def __post_init__(self):
+        sizes = self.n_units, self.n_layer, self.n_embd, *self.lookback, len(self.lookback) + 1
+        if not (all(type(n) is int and 1 <= n <= 100_000 for n in sizes) and 0 <= self.dropout < 1
+                and self.arch in ('rwkv', 'lstm') and self.head in ('chord', 'bernoulli')):
+            raise ValueError(f'there is no such model: {self}')
 
 
 class Dropout(nn.Module):
@@ -342,7 +351,8 @@ class Model(nn.Module):
         """
         self.eval()
         out, state = self(prompt)
-        frames, ended = [], torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+        frames = torch.empty(prompt.shape[0], length, prompt.shape[2], dtype=torch.uint8, device=prompt.device)
+        ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
         ends = torch.full((prompt.shape[0],), length, device=prompt.device)
         for t in range(length):
             frame = self.sample(out[:, -1], temperature, top_p, generator, may_end=t >= at_least)
@@ -350,9 +360,9 @@ class Model(nn.Module):
             ended |= frame[:, -1] > 0
             if ended.all():
                 break
-            frames.append(frame)
+            frames[:, t] = frame
             out, state = self(frame.unsqueeze(1), state)
-        return [torch.stack(frames, 1)[i, :ends[i]] if frames else prompt[i, :0] for i in range(len(ends))]
+        return [tune[:end] for tune, end in zip(frames, ends)]
 
     @torch.no_grad()
     def nats_per_frame(self, prompt, tune):
@@ -378,20 +388,49 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The message is one sentence that names the file and the mend."""
 
 
+# what sample.py reads in a checkpoint beside the model
+META = dict(data=str, source=str, steps_per_beat=int, onsets=bool, common_key=bool, tempo=float)
+
+
 def load_checkpoint(path, device='cpu'):
-    """A file that train.py wrote -> (model in eval mode, its dictionary). Raises CheckpointError if it is not one."""
+    """
+    A file that train.py wrote -> (model in eval mode, its dictionary). Raises CheckpointError if it is not one.
+
+    Trusts nothing: the file is mapped, not read, until its sizes and names are those of a model of its config, so it
+    costs no more memory than it has bytes, and weights_only=True runs no code.
+    """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except OSError as e:
-        raise CheckpointError(f'cannot read {path} ({e.strerror}): train a model first, or give its path with --ckpt') from None
-    except Exception:   # whatever unzipping and unpickling make of bytes that are not a checkpoint
-        raise CheckpointError(f'{path} is damaged or no checkpoint of this project: train again, or give another --ckpt') from None
-    try:
+        with open(path, 'rb') as f, zipfile.ZipFile(f) as archive:
+            members = archive.infolist()
+            if any(m.compress_type for m in members) or sum(m.file_size for m in members) > os.path.getsize(path):
+                raise ValueError('it unpacks to more than it is')
+            f.seek(-22, 2)      # where the directory of a zip ends
+            if f.read(4) != b'PK\5\6' or archive.testzip():
+                raise ValueError('its bytes have changed')
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         if checkpoint['version'] != VERSION:
-            raise CheckpointError(f'{path} is of version {checkpoint["version"]}, this code reads {VERSION}: train again')
-        model = Model(Config(**checkpoint['config'])).to(device)
-        model.load_state_dict(checkpoint['model'])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise e if isinstance(e, CheckpointError) else CheckpointError(
-            f'{path} is no checkpoint of this project: train again, or give another --ckpt') from None
+            raise ValueError(f'it is of version {checkpoint["version"]}, this code reads {VERSION}')
+        meta, weights, config = checkpoint['meta'], checkpoint['model'], Config(**checkpoint['config'])
+        if not (all(type(meta[name]) is kind for name, kind in META.items()) and 1 <= meta['steps_per_beat'] <= 96
+                and 0 < meta['tempo'] < 1e9 and type(checkpoint['valid']) is float and type(checkpoint['step']) is int):
+            raise ValueError('what it says of the music makes no sense')
+        if config.n_layer != len({name.split('.')[1] for name in weights if name.startswith('blocks.')}):
+            raise ValueError(f'it does not have the {config.n_layer} layers it claims')
+        with torch.device('meta'):      # shapes without memory
+            expected = Model(config).state_dict()
+        for name in expected.keys() | weights.keys():
+            want, have = expected.get(name), weights.get(name)
+            if want is None or not isinstance(have, torch.Tensor) or have.shape != want.shape:
+                shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else 'absent' for x in (have, want)]
+                raise ValueError(f'its {name} is {shapes[0]} and should be {shapes[1]}')
+            if have.dtype != want.dtype or have.device.type != 'cpu' or not (have.is_contiguous() and have.isfinite().all()):
+                raise ValueError(f'its {name} does not consist of finite numbers')
+    except OSError as e:
+        raise CheckpointError(f'cannot read {path} ({e.strerror}): train a model first, or give another path') from None
+    except Exception as e:      # whatever unzipping and unpickling make of bytes that are not a checkpoint
+        why = 'it holds more than numbers and text' if isinstance(e, pickle.UnpicklingError) else str(e)
+        why = ''.join(c for c in why if c.isprintable())[:200] if type(e) in (ValueError, pickle.UnpicklingError) else type(e).__name__
+        raise CheckpointError(f'{path} is damaged or no checkpoint of this project ({why}): train again, or give another path') from None
+    model = Model(config).to(device)
+    model.load_state_dict(weights)
     return model.eval(), checkpoint

@@ -134,6 +134,8 @@ def compose(args):
     model, checkpoint = load_checkpoint(args.ckpt, device)
     meta = checkpoint['meta']
     grid = meta['steps_per_beat'], meta['onsets']
+    if model.config.n_units != data.units(meta['onsets']):
+        raise CheckpointError(f'{args.ckpt} has {model.config.n_units} units in a frame, not those of a piano: give another --ckpt')
     length = math.ceil(args.length * meta['steps_per_beat'])
     if length > data.MAX_FRAMES:
         raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '

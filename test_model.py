@@ -1,6 +1,8 @@
 """All tests:  python -m pytest"""
 
+import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import http.server
@@ -8,7 +10,10 @@ import io
 import math
 import os
 import re
+import resource
+import shlex
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -1580,6 +1585,251 @@ def test_bad_input_has_exit_status_2_and_no_traceback(tmp_path):
     for script, option in (('train', f'--data={tmp_path}/nowhere'), ('sample', f'--ckpt={tmp_path}/nowhere.pt')):
         done = run(script, option)
         assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'nowhere' in done.stderr
+
+
+# --- runs that are interrupted, resumed, shared out
+
+def training(book, out, *options):
+    """train.main() in this process; its exit status, 0 if it came to its end."""
+    sys.argv = ['train.py', f'--data={book}', f'--out_dir={out}', *TINY, *options]
+    try:
+        train.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', sys.argv)
+    return scale_book(tmp_path / 'book')
+
+
+def last_state(out, arch):
+    """What a run ended with, without the times: weights, optimiser's moments and the numbers of the table."""
+    saved = torch.load(out / f'{arch}.last.pt', weights_only=True)
+    moments = [x for state in saved['optimizer'].values() for x in state.values()]
+    with open(out / f'{arch}.csv', newline='') as f:
+        rows = [{k: v for k, v in row.items() if k not in ('minutes', 'frames_per_second')} for row in csv.DictReader(f)]
+    return [*saved['model'].values(), *moments], rows
+
+
+@pytest.mark.parametrize('arch', ['rwkv', 'lstm'])
+def test_resume_is_bit_for_bit_the_run_that_never_stopped(book, tmp_path, monkeypatch, capsys, arch):
+    options = f'--arch={arch}', '--max_iters=9', '--eval_interval=4', '--log_interval=3', '--dropout=0.3'
+    assert training(book, tmp_path / 'whole', *options) == 0
+    tensors, rows = last_state(tmp_path / 'whole', arch)
+    steps, draw = 0, data.Dataset.batch
+
+    def interrupted(self, split, batch_size, *rest):       # signals in the middle of the 1st, 4th, 6th and 9th step
+        nonlocal steps
+        steps += batch_size > 1
+        if batch_size > 1 and steps in (1, 4, 6, 9):
+            signal.raise_signal(signal.SIGINT if steps < 5 else signal.SIGTERM)
+        return draw(self, split, batch_size, *rest)
+
+    monkeypatch.setattr(data.Dataset, 'batch', interrupted)
+    assert training(book, tmp_path / 'parts', *options) == 130
+    sys.argv = ['train.py', f'--arch={arch}', f'--out_dir={tmp_path / "parts"}', '--resume']      # all else is remembered
+    for status in (130, 143, 143, None):
+        with pytest.raises(SystemExit) if status else contextlib.nullcontext() as stop:
+            train.main()
+        assert status is None or stop.value.code == status
+    assert steps == 9 and '--resume' in capsys.readouterr().out
+    tensors_of_parts, rows_of_parts = last_state(tmp_path / 'parts', arch)
+    assert rows_of_parts == rows and all(torch.equal(a, b) for a, b in zip(tensors_of_parts, tensors, strict=True))
+
+
+def test_resume_options_given_again_win(book, tmp_path, capsys):
+    assert training(book, tmp_path / 'out', '--max_iters=2', '--beta2=0.9') == 0
+    assert training(book, tmp_path / 'out', '--resume', '--max_iters=4', '--learning_rate=0') == 0
+    saved = torch.load(tmp_path / 'out' / 'rwkv.last.pt', weights_only=True)
+    assert saved['step'] == 4 and {'--max_iters=4', '--beta2=0.9', '--learning_rate=0.0'} <= set(saved['options'])
+    capsys.readouterr()
+    for options, named in ((['--n_embd=24'], 'n_embd'), (['--arch=lstm'], 'lstm.last.pt')):
+        assert training(book, tmp_path / 'out', '--resume', *options) == 2
+        assert named in capsys.readouterr().err
+    saved['optimizer'][0]['exp_avg'] = saved['optimizer'][0]['exp_avg'][:1]
+    torch.save(saved, tmp_path / 'out' / 'rwkv.last.pt')
+    assert training(book, tmp_path / 'out', '--resume') == 2
+    assert re.fullmatch(r'train.py: .*rwkv\.last\.pt .*--resume\n', capsys.readouterr().err)
+
+
+def test_sigterm_saves_and_gives_the_command_to_go_on(book, tmp_path):
+    words = [sys.executable, HERE / 'train.py', f'--data={book}', f'--out_dir={tmp_path / "my run"}', *TINY, '--max_iters=1000000', '--arch=lstm']
+    with subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith('step 10:'):
+                process.terminate()
+                break
+        rest, complaint = process.communicate(timeout=60)
+    assert process.returncode == 143 and not complaint
+    step, command = re.search(r'^stopped at step (\d+); to go on:  (.*)$', rest, re.M).groups()
+    done = subprocess.run([*shlex.split(command), f'--max_iters={int(step) + 5}'], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f'step {step}, ' in done.stdout and f'step {int(step) + 5}: valid' in done.stdout, done.stderr
+
+
+def test_kill_9_in_the_act_of_saving_leaves_a_checkpoint(book, tmp_path):
+    """Real runs that save after every step, killed at random while the new checkpoint is being written; each goes on
+    where the one before was killed."""
+    rng, steps, torn = np.random.default_rng(), [0], 0
+    words = [sys.executable, HERE / 'train.py', f'--data={book}', f'--out_dir={tmp_path / "out"}', *TINY, '--n_embd=96',
+             '--max_iters=1000000', '--eval_interval=1', '--arch=lstm', '--resume']
+    assert training(book, tmp_path / 'out', '--n_embd=96', '--max_iters=1', '--arch=lstm') == 0
+    for _ in range(6):
+        process = subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith(f'step {steps[-1] + 3}:'):
+                break
+        end = time.monotonic() + 10
+        while time.monotonic() < end and not any((tmp_path / 'out').glob('*.pt.*.part')):
+            pass
+        time.sleep(rng.uniform(0, 0.01))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        torn += any((tmp_path / 'out').glob('*.pt.*.part'))
+        load_checkpoint(tmp_path / 'out' / 'lstm.pt')
+        steps.append(load_checkpoint(tmp_path / 'out' / 'lstm.last.pt')[1]['step'])
+    assert torn and all(now >= before + 2 for before, now in zip(steps, steps[1:])), (torn, steps)
+
+
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+def test_numbers_that_are_not_finite_stop_the_run(book, tmp_path, monkeypatch, capsys, what):
+    assert training(book, tmp_path / 'out', '--max_iters=2') == 0
+    before = {path: path.read_bytes() for path in (tmp_path / 'out').glob('*.pt')}
+
+    class InfiniteGradient(torch.autograd.Function):
+        forward, backward = staticmethod(lambda ctx, x: x.clone()), staticmethod(lambda ctx, g: g * math.inf)
+
+    nll = Model.nll
+    monkeypatch.setattr(Model, 'nll', lambda self, out, x: nll(self, InfiniteGradient.apply(out) if what == 'gradient' else
+                                                               out * (math.nan if self.training else 1), x))
+    capsys.readouterr()
+    assert training(book, tmp_path / 'out', '--resume', '--max_iters=5', '--grad_clip=0') == 2
+    message = capsys.readouterr().err
+    assert what in message and 'step 2' in message and '--learning_rate' in message and message.count('\n') == 1
+    assert len(before) == 2 and torch.load(tmp_path / 'out' / 'rwkv.last.pt', weights_only=True)['step'] == 2
+    assert (tmp_path / 'out' / 'rwkv.pt').read_bytes() == before[tmp_path / 'out' / 'rwkv.pt']
+
+
+def test_full_disk_leaves_the_checkpoints(book, tmp_path, monkeypatch, capsys):
+    assert training(book, tmp_path / 'out', '--max_iters=2') == 0
+    before = {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'fsync', full)
+    capsys.readouterr()
+    assert training(book, tmp_path / 'out', '--resume', '--max_iters=4') == 2
+    message = capsys.readouterr().err
+    assert 'rwkv.last.pt' in message and 'No space left' in message and message.count('\n') == 1
+    assert {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()} == before
+
+
+def test_gradient_accumulation_changes_nothing(book, tmp_path):
+    for pieces in (1, 4):
+        assert training(book, tmp_path / f'{pieces}', f'--gradient_accumulation_steps={pieces}', '--max_iters=4', '--dropout=0') == 0
+    for a, b in zip(last_state(tmp_path / '1', 'rwkv')[0], last_state(tmp_path / '4', 'rwkv')[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_with_batch_4_train_as_one_with_batch_8(book, tmp_path):
+    options = f'--data={book}', *TINY, '--batch_size=8', '--max_iters=6', '--eval_interval=3', '--dropout=0', '--arch=lstm'
+    assert training(book, tmp_path / 'one', *options[1:]) == 0
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={free_port()}',
+               HERE / 'train.py', *options, f'--out_dir={tmp_path / "two"}', '--gradient_accumulation_steps=2']
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, env=os.environ | dict(GLOO_SOCKET_IFNAME='lo'))
+    assert done.returncode == 0, done.stderr
+    assert '2 processes' in done.stdout and done.stdout.count('\nstep 6: valid') == done.stdout.count('\ntest: ') == 1      # one speaks
+    (one, rows), (two, rows_of_two) = last_state(tmp_path / 'one', 'lstm'), last_state(tmp_path / 'two', 'lstm')
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    for a, b in zip(rows, rows_of_two, strict=True):        # validation and test, of which each process did a share
+        assert [float(x or 0) for x in a.values()] == pytest.approx([float(x or 0) for x in b.values()], abs=1e-4)
+
+
+def test_batches_that_do_not_divide_are_refused(book, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    assert training(book, tmp_path / 'out', '--batch_size=8', '--max_iters=2') == 2
+    assert re.fullmatch(r'train.py: --batch_size=8 .*3 processes.*--batch_size=9\n', capsys.readouterr().err)
+
+
+def rezip(path, method=zipfile.ZIP_STORED, extra=()):
+    """A checkpoint packed anew: another method, more members."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, 'w', method) as archive:
+        for name, content in [*members, *extra]:
+            archive.writestr(name, content)
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at if at < 0 else len(content) // at] ^= 1
+    path.write_bytes(content)
+
+
+BAD_CHECKPOINTS = {
+    'version': (lambda c: c.update(version=2), 'version 2'),
+    'no config': (lambda c: c.pop('config'), ''),
+    'extra field': (lambda c: c['config'].update(colour=1), ''),
+    'arch': (lambda c: c['config'].update(arch='gru'), 'gru'),
+    'absurd layers': (lambda c: c['config'].update(n_layer=10 ** 9), 'n_layer=1000000000'),
+    'more layers than there are': (lambda c: c['config'].update(n_layer=90_000), '90000 layers'),
+    'absurd channels': (lambda c: c['config'].update(n_embd=65_536), '65536'),
+    'fractional channels': (lambda c: c['config'].update(n_embd=16.0), 'n_embd=16.0'),
+    'absurd lookback': (lambda c: c['config'].update(lookback=(10 ** 12,)), 'lookback'),
+    'dropout': (lambda c: c['config'].update(dropout=math.nan), 'dropout'),
+    'key left out': (lambda c: c['model'].pop('emb.bias'), 'emb.bias'),
+    'key too many': (lambda c: c['model'].update(evil=torch.zeros(3)), 'evil'),
+    'shape': (lambda c: c['model'].update({'emb.bias': torch.zeros(17)}), 'emb.bias'),
+    'not a tensor': (lambda c: c['model'].update({'emb.bias': 'x'}), 'emb.bias'),
+    'dtype': (lambda c: c['model'].update({'emb.bias': torch.zeros(16, dtype=torch.float64)}), 'emb.bias'),
+    'stretched': (lambda c: c['model'].update({'emb.weight': torch.zeros(1).expand(16, 177)}), 'emb.weight'),
+    'nan': (lambda c: c['model']['emb.bias'].fill_(math.nan), 'emb.bias'),
+    'tempo': (lambda c: c['meta'].update(tempo=math.inf), 'music'),
+    'grid': (lambda c: c['meta'].update(steps_per_beat=10 ** 6), 'music'),
+    'valid': (lambda c: c.update(valid='low'), 'music'),
+    'planes': (lambda c: c['meta'].update(onsets=False), '177 units'),
+}
+BAD_FILES = {
+    'cut': lambda path: os.truncate(path, path.stat().st_size - 100),
+    'cut short': lambda path: os.truncate(path, 30),
+    'empty': lambda path: os.truncate(path, 0),
+    'one bit': lambda path: flip(path, 2),
+    'one bit of the names': lambda path: flip(path, -100),
+    'garbage behind': lambda path: path.write_bytes(path.read_bytes() + b'garbage'),
+    'bomb': lambda path: rezip(path, zipfile.ZIP_DEFLATED, [('archive/data/999', bytes(10 ** 8))]),
+    'folder': lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize('change', [*BAD_CHECKPOINTS, *BAD_FILES])
+def test_checkpoint_that_is_not_one_is_refused(trained, tmp_path, monkeypatch, capsys, change):
+    path, named = tmp_path / 'bad.pt', ''
+    shutil.copy(trained[2]['rwkv'][1], path)
+    if change in BAD_FILES:
+        BAD_FILES[change](path)
+    else:
+        content = torch.load(path, weights_only=True)
+        make, named = BAD_CHECKPOINTS[change]
+        make(content)
+        torch.save(content, path)
+    monkeypatch.setattr(sys, 'argv', ['sample.py', f'--ckpt={path}', '--length=1'])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(SystemExit) as stop:
+        sample.main()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count('\n') == 1 and 'bad.pt' in message and named in message, message
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000       # kilobytes
 
 
 SVG = '{http://www.w3.org/2000/svg}'

@@ -1,8 +1,9 @@
 """
 Train a model on tunes:  python train.py --arch=rwkv
 
-Writes out/<arch>.pt (the best checkpoint by validation loss), out/<arch>.csv (every number it prints) and
-out/loss.svg (a chart of the validation losses of all runs there).
+Writes out/<arch>.pt (the best checkpoint by validation loss), out/<arch>.last.pt (what --resume goes on from),
+out/<arch>.csv (every number it prints) and out/loss.svg (a chart of the validation losses of all runs there).
+On N devices:  torchrun --standalone --nproc_per_node=N train.py --arch=rwkv
 """
 
 import argparse
@@ -10,14 +11,19 @@ import csv
 import io
 import math
 import os
+import shlex
+import signal
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 
 import data
 import render
@@ -55,7 +61,7 @@ def beats(text):
     return tuple(number(float, 1e-3, 1000)(lag) for lag in text.split(',') if lag)
 
 
-def parse_args():
+def parse_args(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog='example: python train.py --arch=lstm --data=my_tunes.zip --max_minutes=30')
     parser.error = lambda message: exit_with(message + '; --help lists the options')
@@ -82,7 +88,8 @@ def parse_args():
           ('dropout', 0.1, number(float, 0, 0.99), 'share of channels dropped'),
           ('lookback', '3,4,6,8,12,16,24,32,48,64', beats, 'also read the frames so many beats back, a comma between; "" for none'))
     group('training',
-          ('batch_size', None, number(int, 1), 'windows in a step'),
+          ('batch_size', None, number(int, 1), 'windows in a step, all processes together'),
+          ('gradient_accumulation_steps', 1, number(int, 1), 'pieces a process takes its windows in, to save memory'),
           ('block_size', 256, number(int, 1), 'frames in a window'),
           ('max_minutes', 8.0, number(float, 0), 'the schedule ends after so long; 0: no limit, --max_iters decides'),
           ('max_iters', 0, number(int, 0), 'the schedule ends after so many steps; 0: no limit, --max_minutes decides'),
@@ -99,18 +106,28 @@ def parse_args():
           ('dtype', None, dict(choices=('float32', 'bfloat16')), 'arithmetic of the matrix products'),
           ('compile', False, flag, 'torch.compile the network'),
           ('seed', 1337, number(int, 0, 2 ** 32 - 1), 'of all random numbers'),
-          ('out_dir', 'out', Path, 'where the checkpoint and the numbers go'))
-    return parser.parse_args()
+          ('out_dir', 'out', Path, 'where the checkpoint and the numbers go'),
+          ('resume', False, flag, 'go on from <arch>.last.pt in --out_dir, with its options; those given again win'))
+    return parser.parse_args(words)
 
 
-def exit_with(message):
-    print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
-    sys.exit(2)
+def as_words(options):
+    """Options as the words of a command line, for the run that resumes this one."""
+    return [f'--{name}={",".join(map(str, value)) if isinstance(value, tuple) else value}'
+            for name, value in options.items() if value is not None and name not in ('out_dir', 'resume')]
+
+
+def exit_with(message, status=2):
+    if os.environ.get('LOCAL_RANK', '0') == '0':    # of many processes on a machine, one speaks
+        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
+    sys.exit(status)
 
 
 def pick_device(name):
     if name is None:
-        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name == 'cuda' and 'LOCAL_RANK' in os.environ:
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -137,17 +154,47 @@ def pick_dtype(name, device):
     return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
 
 
+def ranks():
+    """This process's number and how many there are, as torchrun tells them; 0 and 1 without it."""
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+
+def together(values, device, largest=False):
+    """A list of numbers, each summed over all processes (or the largest of them), the same in all of them."""
+    if ranks()[1] == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return values.tolist()
+
+
+class Loss(nn.Module):
+    """Model and loss in one forward, where DistributedDataParallel finds both: windows (B, T + 1, V) and the frames
+    before them, past (B, M, V) -> mean nats a frame."""
+
+    def __init__(self, model, compiled=False):
+        super().__init__()
+        self.model = model
+        self.run = torch.compile(model.forward) if compiled else model.forward
+
+    def forward(self, x, past):
+        out, _ = self.run(x[:, :-1], (past, None))
+        return self.model.nll(out, x[:, 1:]).mean()
+
+
 @torch.no_grad()
 def evaluate(model, dataset, split, batch_size=16):
     """
     Nats a frame: the mean of -ln p(frame_t | frames before t) over frames 2..T of every song, each read from its own
-    start with fresh state. Returns (nats, songs, frames counted); nan nats where no song has two frames.
+    start with fresh state; of many processes each takes its share of the batches, and all get the same answer.
+    Returns (nats, songs, frames counted); nan nats where no song has two frames.
     """
+    rank, world = ranks()
     training = model.training
     model.eval()
     device = next(model.parameters()).device
     total, songs, frames = 0.0, 0, 0
-    for x, lengths in dataset.whole_songs(split, batch_size):
+    for x, lengths in islice(dataset.whole_songs(split, batch_size), rank, None, world):
         x, lengths = x.to(device), lengths.to(device)
         out, _ = model(x[:, :-1])                               # boundary, frame 1, .., frame T-1
         nats = model.nll(out, x[:, 1:])                         # of frame 1, .., frame T
@@ -156,6 +203,8 @@ def evaluate(model, dataset, split, batch_size=16):
         total += nats[counted].double().sum().item()
         songs, frames = songs + len(x), frames + int(counted.sum())
     model.train(training)
+    total, songs, frames = together([total, songs, frames], device)
+    songs, frames = int(songs), int(frames)
     return total / frames if frames else math.nan, songs, frames
 
 
@@ -172,75 +221,167 @@ def clock(seconds):
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
-def fit(args):
+def go_on_command():
+    """The command that goes on with this run."""
+    words, here = sys.orig_argv, os.environ.get('LOCAL_WORLD_SIZE')
+    if here:
+        words = ['torchrun', '--standalone', f'--nproc_per_node={here}', *sys.argv]
+        if here != os.environ['WORLD_SIZE']:
+            return 'the torchrun command of each node, with --resume'
+    return shlex.join(words + ['--resume'] * ('--resume' not in words))
+
+
+# the variables of a run, beside weights and optimiser: all that --resume needs, since a step draws its random numbers
+# from the seed and its own number
+RUN = dict(step=int, elapsed=float, evaluating=float, best=float, rows=list, recent=list, spent=float)
+
+
+def load_last(path):
+    """A <arch>.last.pt -> its dictionary. Raises CheckpointError if it is none."""
+    _, saved = load_checkpoint(path)
+    run, words = saved.get('run'), saved.get('options')
+    if not (isinstance(run, dict) and all(type(run.get(name)) is kind for name, kind in RUN.items())
+            and all(isinstance(row, dict) for row in run['rows']) and all(isinstance(x, float) for x in run['recent'])
+            and isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise CheckpointError(f'{path} is not a run that can go on: train without --resume')
+    return saved
+
+
+def restore(saved, path, model, optimizer):
+    """Puts weights and optimiser's state of a <arch>.last.pt in place. Raises UserError if they are another model's."""
+    now, then = asdict(model.config), saved['config']
+    for name in now:
+        if now[name] != then[name] and name != 'dropout':
+            raise UserError(f'{path} is of a model with {name} {then[name]}, the options or the data make it {now[name]}: '
+                            'leave out what changes the model, or train without --resume')
+    try:
+        moments = {i: {name: value.clone() for name, value in state.items()} for i, state in saved['optimizer'].items()}
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        if moments.keys() != set(range(len(parameters))) or any(state['step'] < 1 for state in moments.values()) or any(
+                x.shape != p.shape or x.dtype != p.dtype or not x.isfinite().all()
+                for i, p in enumerate(parameters) for x in (moments[i]['exp_avg'], moments[i]['exp_avg_sq'])):
+            raise ValueError
+        # the groups hold learning rate and weight decay, which are for the options to say
+        optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()['param_groups']))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise CheckpointError(f'{path} is not a run that can go on: train without --resume') from None
+    model.load_state_dict(saved['model'])
+
+
+def fit(args, saved=None):
+    """Trains as the options say; saved: the content of a <arch>.last.pt to go on from. Returns the signal that stopped it,
+    or 0."""
     begin = time.perf_counter()
+    rank, world = ranks()
+    say = print if rank == 0 else lambda *args, **options: None
     if not args.max_minutes and not args.max_iters:
         raise UserError('--max_minutes=0 and --max_iters=0 would train for ever: give one of them')
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     kind = 'cuda' if device.type == 'cuda' else 'cpu'
-    n_layer = args.n_layer or {'cpu': 3, 'cuda': 6}[kind]
-    n_embd = args.n_embd or SIZES[args.arch, kind]
-    batch_size = args.batch_size or {'cpu': 8, 'cuda': 32}[kind]
+    args.dtype = str(dtype).removeprefix('torch.')
+    args.n_layer = args.n_layer or {'cpu': 3, 'cuda': 6}[kind]
+    args.n_embd = args.n_embd or SIZES[args.arch, kind]
+    args.batch_size = args.batch_size or {'cpu': 8, 'cuda': 32}[kind]
+    pieces = args.gradient_accumulation_steps
+    if args.batch_size % (world * pieces):
+        raise UserError(f'--batch_size={args.batch_size} does not divide by {world} processes and --gradient_accumulation_steps='
+                        f'{pieces}: use --batch_size={-(-args.batch_size // (world * pieces)) * world * pieces}')
+    if world > 1:
+        if kind == 'cuda':
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
     torch.set_float32_matmul_precision('high')
 
-    dataset = data.load(args.data, args.steps_per_beat, args.onsets, args.common_key)
+    dataset = data.load(args.data, args.steps_per_beat, args.onsets, args.common_key, say)
     lookback = tuple(sorted({max(1, round(lag * args.steps_per_beat)) for lag in args.lookback}))
-    config = Config(dataset.V, args.arch, args.head, n_layer, n_embd, args.dropout, lookback)
+    config = Config(dataset.V, args.arch, args.head, args.n_layer, args.n_embd, args.dropout, lookback)
     model = Model(config).to(device)
     dataset.batch('train', 1, args.block_size, 0, np.random.default_rng())     # complains if there is too little music
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'cannot make the folder --out_dir={args.out_dir} ({e.strerror}): choose another') from None
-    checkpoint, table = args.out_dir / f'{args.arch}.pt', args.out_dir / f'{args.arch}.csv'
+    for part in args.out_dir.glob(f'{args.arch}.*.part') if rank == 0 else ():
+        part.unlink(missing_ok=True)                # what a run that was killed in the act of saving left
+    checkpoint, table, last = (args.out_dir / f'{args.arch}{suffix}' for suffix in ('.pt', '.csv', '.last.pt'))
 
     # what sample.py needs to know of the data
     meta = dict(data=args.data if args.data == 'nottingham' else str(Path(args.data).resolve()), source=dataset.source,
                 steps_per_beat=args.steps_per_beat, onsets=args.onsets, common_key=args.common_key,
                 tempo=float(np.median([song.tempo for song in dataset.songs['train']])))
 
-    print(f'device: {device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix("torch.")} matrix products')
+    say(f'device: {device}, {torch.get_num_threads()} threads, {args.dtype} matrix products'
+        + f', {world} processes' * (world > 1))
     if args.arch == 'rwkv':
-        print(wkv.describe(device))
-    print(f'data: {dataset.source}')
+        say(wkv.describe(device))
+    say(f'data: {dataset.source}')
     for split in data.SPLITS:
-        print(f'  {split}: {len(dataset.songs[split]):,} songs, {dataset.frames(split):,} frames, {dataset.beats(split):,.0f} beats')
-    print(f'model: {args.arch}, {args.head} head, {n_layer} layers of {n_embd} channels, '
-          f'{sum(p.numel() for p in model.parameters()):,} parameters')
+        say(f'  {split}: {len(dataset.songs[split]):,} songs, {dataset.frames(split):,} frames, {dataset.beats(split):,.0f} beats')
+    say(f'model: {args.arch}, {args.head} head, {args.n_layer} layers of {args.n_embd} channels, '
+        f'{sum(p.numel() for p in model.parameters()):,} parameters')
     limits = [f'{args.max_minutes:g} minutes'] * bool(args.max_minutes) + [f'{args.max_iters:,} steps'] * bool(args.max_iters)
-    print(f'training: {batch_size} windows of {args.block_size} frames a step, {" or ".join(limits)}')
+    say(f'training: {args.batch_size} windows of {args.block_size} frames a step, {" or ".join(limits)}')
 
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), args.learning_rate,
                                   betas=(0.9, args.beta2), fused=True)
-    forward = torch.compile(model) if args.compile else model
+    best, rows, recent, spent, evaluating, step = math.inf, [], [], 0.0, 0.0, 0
+    if saved:
+        restore(saved, last, model, optimizer)
+        run = saved['run']
+        best, rows, recent, spent, evaluating, step = (run[name] for name in 'best rows recent spent evaluating step'.split())
+        begin -= run['elapsed']
+        saved.clear()       # lets go of the file, which the next save replaces
+        say(f'going on from {last}: step {step}, {clock(run["elapsed"])} of training')
+    loss_of = Loss(model, args.compile)
+    if world > 1:       # averages the gradients of all processes, each of which takes its own rows of a batch
+        loss_of = nn.parallel.DistributedDataParallel(loss_of, [device] if kind == 'cuda' else None, broadcast_buffers=False)
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     history = max(lookback, default=1) - 1          # frames before a window that its lookback can reach
-    best, rows, recent, spent, evaluating, step = math.inf, [], [], 0.0, 0.0, 0
 
     def progress():
         """Share of the run that is done, by steps or by the clock; two validations are kept in reserve for the end."""
         minutes = (time.perf_counter() - begin + 2 * evaluating) / 60
         return max(step / args.max_iters if args.max_iters else 0, minutes / args.max_minutes if args.max_minutes else 0)
 
+    def save(path, valid, **more):
+        if rank == 0:
+            buffer = io.BytesIO()
+            torch.save(dict(version=VERSION, config=asdict(config), meta=meta, step=step, valid=valid,
+                            model=model.state_dict(), **more), buffer)
+            write_whole(path, buffer.getbuffer())
+
+    def save_last():
+        save(last, best, options=as_words(vars(args) | dict(data=meta['data'])), optimizer=optimizer.state_dict()['state'],
+             run=dict(step=step, elapsed=time.perf_counter() - begin, evaluating=evaluating, best=best, rows=rows,
+                      recent=recent, spent=spent))
+
+    stop = []           # signals that came in: the step is finished and the run saved before they are obeyed
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
     while True:
-        done = min(1.0, progress())
+        # the first process has the clock, any of them may have got a signal; all must decide alike
+        done, stopped = together([progress() if rank == 0 else 0, max(stop, default=0)], device, largest=True)
+        done = min(1.0, done)
+        if stopped:
+            save_last()
+            say(f'stopped at step {step}; to go on:  {go_on_command()}', flush=True)
+            return int(stopped)
         if step % args.eval_interval == 0 or done == 1:
+            if step:        # an untrained model does not replace a checkpoint of an earlier run, here and below
+                save_last()         # before validating: a run that goes on from here validates first of all
             start = time.perf_counter()
             valid, _, _ = evaluate(model, dataset, 'valid')
             evaluating = time.perf_counter() - start
             minutes = (time.perf_counter() - begin) / 60
             rows.append(dict(iter=step, minutes=round(minutes, 3), valid=round(valid, 5)))
-            print(f'step {step}: valid {valid:.4f} nats/frame')
-            if valid < best and step:               # an untrained model does not replace a checkpoint of an earlier run
+            say(f'step {step}: valid {valid:.4f} nats/frame', flush=True)
+            if step and not valid >= best:
                 best = valid
-                buffer = io.BytesIO()
-                torch.save(dict(version=VERSION, config=asdict(config), meta=meta, step=step, valid=valid,
-                                model=model.state_dict()), buffer)
-                write_whole(checkpoint, buffer.getvalue())
-            save_rows(table, rows)
+                save(checkpoint, valid)
+            if rank == 0:
+                save_rows(table, rows)
         if done == 1:
             break
 
@@ -249,45 +390,70 @@ def fit(args):
         lr = warm * (args.min_lr + (args.learning_rate - args.min_lr) * (0.5 + 0.5 * math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group['lr'] = lr
-        x = dataset.batch('train', batch_size, args.block_size, args.transpose, rng, history).to(device)
-        past, x = x[:, :history], x[:, history:]
-        with mixed:
-            out, _ = forward(x[:, :-1], (past, None))
-            loss = model.nll(out, x[:, 1:]).mean()
-        loss.backward()
-        if args.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        # every process draws the whole batch and keeps its rows, so that their number does not change the music;
+        # dropout differs. Seeds are made of the step, so that a resumed run goes on with the same random numbers
+        rng = np.random.default_rng((args.seed, step))
+        torch.manual_seed(int(rng.integers(2 ** 62)) + rank)
+        x = dataset.batch('train', args.batch_size, args.block_size, args.transpose, rng, history)[rank::world]
+        loss = 0.0
+        for i, piece in enumerate(x.to(device).chunk(pieces)):
+            with loss_of.no_sync() if world > 1 and i < pieces - 1 else nullcontext():     # gradients meet once a step
+                with mixed:
+                    nats = loss_of(piece[:, history:], piece[:, :history]) / pieces
+                nats.backward()
+            loss += nats.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)       # flush the gradients early, their memory serves the next step
-        recent.append(loss.item())
-        if not math.isfinite(recent[-1]):
-            raise UserError(f'the loss is {recent[-1]} at step {step}: lower --learning_rate or --grad_clip and train again; '
-                            f'what stood in {checkpoint} at the last validation stands there still')
+        recent.append(together([loss.item()], device)[0] / world)
+        for name, value in (('loss', recent[-1]), ('length of the gradient', norm.item())):
+            if not math.isfinite(value):
+                raise UserError(f'the {name} is {value} at step {step}, most likely since the learning rate is too high: lower '
+                                f'--learning_rate or --grad_clip and train again; {checkpoint} has the best model so far')
         spent += time.perf_counter() - start
         step += 1
         if step % args.log_interval == 0:
-            loss, rate = sum(recent) / len(recent), batch_size * args.block_size * len(recent) / spent
+            loss, rate = sum(recent) / len(recent), args.batch_size * args.block_size * len(recent) / spent
             passed = time.perf_counter() - begin
             left = min(60 * args.max_minutes - passed if args.max_minutes else math.inf,
                        passed / step * (args.max_iters - step) if args.max_iters else math.inf)
-            print(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} frames/s, {clock(left)} left', flush=True)
+            say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} frames/s, {clock(left)} left', flush=True)
             rows.append(dict(iter=step, minutes=round(passed / 60, 3), train=round(loss, 5), lr=lr, frames_per_second=round(rate)))
             recent, spent = [], 0.0
 
-    model.load_state_dict(torch.load(checkpoint, map_location=device, weights_only=True)['model'])
+    if rank == 0:
+        model.load_state_dict(load_checkpoint(checkpoint)[1]['model'])
+    if world > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
     test, songs, frames = evaluate(model, dataset, 'test')
     rows.append(dict(iter=step, minutes=round((time.perf_counter() - begin) / 60, 3), test=round(test, 5)))
-    save_rows(table, rows)
-    print(f'data: {dataset.source}')
-    print(f'best checkpoint: {checkpoint}, valid {best:.4f} nats/frame; losses of all runs: {render.draw_losses(args.out_dir)}')
-    print(f'test: {test:.4f} nats/frame ({songs} songs, {frames:,} frames)')
+    if rank == 0:
+        save_rows(table, rows)
+        say(f'data: {dataset.source}')
+        say(f'best checkpoint: {checkpoint}, valid {best:.4f} nats/frame; losses of all runs: {render.draw_losses(args.out_dir)}')
+        say(f'test: {test:.4f} nats/frame ({songs} songs, {frames:,} frames)')
+    return 0
 
 
 def main():
     try:
-        fit(parse_args())
+        args, saved = parse_args(), None
+        if args.resume:
+            saved = load_last(args.out_dir / f'{args.arch}.last.pt')
+            args = parse_args([*saved['options'], *sys.argv[1:], f'--arch={args.arch}', f'--out_dir={args.out_dir}'])
+        stopped = fit(args, saved)
+        if ranks()[1] > 1:
+            dist.destroy_process_group()
+        if stopped:
+            sys.exit(128 + stopped)
     except (UserError, CheckpointError) as e:
         exit_with(e)
+    except KeyboardInterrupt:       # while it was still reading the music
+        exit_with('stopped before the first step', 130)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == '__main__':
