@@ -158,6 +158,7 @@ def compose(args):
     boundary[0, -1] = 1
     prompt = torch.from_numpy(np.concatenate((boundary, frames))).to(device).expand(args.num_samples, -1, -1)
 
+    torch.set_num_threads(1)        # a frame is too little work to share between cores
     start = time.perf_counter()
     composed = model.compose(prompt, length, args.temperature, args.top_p, generator,
                              at_least=math.ceil(args.min_length * meta['steps_per_beat']))
