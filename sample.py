@@ -44,11 +44,11 @@ def parse_args():
           ('ckpt', Path('out/rwkv.pt'), Path, 'checkpoint written by train.py (default: out/rwkv.pt)'),
           ('device', 'cpu', str, 'cpu, cuda, ... (default: cpu, which composes one tune as fast as a GPU)'))
     group('composing',
-          ('num_samples', 1, number(int, 1, 10_000), 'tunes, composed side by side and ranked by nats a frame (default: 1)'),
+          ('num_samples', 1, number(int, 1, 10_000), 'tunes, composed side by side; those whose nats a frame are nearest to real tunes come first (default: 1)'),
           ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before (default: 256)'),
           ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune (default: 16)'),
           ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer (default: 1)'),
-          ('top_p', 0.95, number(float, 0.01, 1), 'nucleus: choose among the likeliest that hold so much probability (default: 0.95)'),
+          ('top_p', 0.98, number(float, 0.01, 1), 'nucleus: choose among the likeliest that hold so much probability (default: 0.98)'),
           ('seed', None, number(int, 0, 2 ** 63 - 1), 'the same seed gives the same files (default: a new one, which is printed)'),
           ('prompt', None, Path, 'a .mid or .abc file to continue'),
           ('prompt_beats', math.inf, number(float, 0), 'read so many beats of the prompt (default: all)'),
@@ -116,15 +116,17 @@ def longest_copy(tune, book):
 
 def training_book(meta):
     """The training songs of a checkpoint, as intervals() with a fence behind each; and where they are. None if gone."""
-    path = Path(meta['data'])
+    path, grid = Path(meta['data']), (meta['steps_per_beat'], meta['onsets'])
     if meta['data'] == 'nottingham':
         path = data.NOTTINGHAM if data.NOTTINGHAM.exists() else data.TUNES
     try:
-        songs = data.load(path, meta['steps_per_beat'], log=lambda line: None).songs['train']
+        songs = data.load(path, *grid, log=lambda line: None).songs['train']
     except UserError:
         return None, path
-    fence = np.array([-1])
-    return np.concatenate([x for song in songs for x in (intervals(song.notes, meta['steps_per_beat']), fence)]), path
+    book = []
+    for song in songs:      # seen through the same frames as what is composed
+        book += [intervals(data.to_notes(data.to_frames(song.notes, *grid), *grid), grid[0]), np.array([-1])]
+    return np.concatenate(book), path
 
 
 def compose(args):
@@ -142,6 +144,8 @@ def compose(args):
         raise UserError(f'--num_samples={args.num_samples} times --length={args.length:g} is more than {200 * data.MAX_FRAMES:,} '
                         'frames at once: ask for fewer or shorter tunes')
     out = args.out or args.ckpt.with_suffix('.mid')
+    if not out.parent.is_dir():
+        raise UserError(f'there is no folder {out.parent} for {out.name}: make it, or give another --out')
     seed = secrets.randbits(32) if args.seed is None else args.seed
     generator = torch.Generator(device).manual_seed(seed)
     print(f'{args.ckpt}: {model.config.arch}, trained on {meta["source"]}, valid {checkpoint["valid"]:.4f} nats/frame')
@@ -157,14 +161,16 @@ def compose(args):
     boundary[0, -1] = 1
     prompt = torch.from_numpy(np.concatenate((boundary, frames))).to(device).expand(args.num_samples, -1, -1)
 
+    torch.set_num_threads(1)        # a frame is too little work to share between cores
     start = time.perf_counter()
     composed = model.compose(prompt, length, args.temperature, args.top_p, generator,
                              at_least=math.ceil(args.min_length * meta['steps_per_beat']))
     seconds, count = time.perf_counter() - start, sum(map(len, composed))
     print(f'seed {seed}: {args.num_samples} x {max(map(len, composed))} frames in {seconds:.1f} s, '
           f'{count / seconds:,.0f} frames a second')
-    # the model's own opinion: nats a frame of what it composed; low is what it finds most natural
-    ranked = sorted((model.nats_per_frame(prompt[i], tune), i) for i, tune in enumerate(composed) if len(tune))
+    # the model's own opinion, nats a frame: far above what real tunes get is noise, far below is one bar over and over
+    scored = [(model.nats_per_frame(prompt[i], tune), i) for i, tune in enumerate(composed) if len(tune)]
+    ranked = sorted(scored, key=lambda score: abs(score[0] - checkpoint['valid']))
     if not ranked:
         raise UserError(f'the model ended the tune at once: use another --seed{" or a shorter prompt" * bool(args.prompt)}')
 
@@ -180,7 +186,7 @@ def compose(args):
         bar, tempo = beats_per_bar(notes), args.tempo or usual_tempo
         data.write_midi(notes, name, tempo)
         render.write_svg(notes, name.with_suffix('.svg'), bar, beats, name.stem)
-        sound = notes[:, 2].max(initial=0) * 60 / tempo <= render.LONGEST
+        sound = bool(notes[:, 2].max(initial=0) * 60 / tempo <= render.LONGEST)
         if sound:
             render.write_wav(notes, name.with_suffix('.wav'), tempo, bar)
         print(f'{name} ({".wav, " * sound}.svg): {nats:.3f} nats/frame, {len(notes)} notes, {len(tune) / grid[0]:g} beats'

@@ -7,10 +7,11 @@ wkv_torch is the explanation and the oracle; wkv_cuda.cu is the speed, on the GP
 import argparse
 import ctypes
 import functools
+import glob
 import hashlib
 import os
+import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -98,30 +99,33 @@ def build_kernel(device):
     from torch.utils import cpp_extension  # not at the top: plain PyTorch does without it
     if device == "cuda":
         gpus = sorted({"%d%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-        nvcc = os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc") if cpp_extension.CUDA_HOME else "nvcc"
-        command = [nvcc, "-Xcompiler=-fPIC", *(f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus)]
-        target, options = "sm_" + ", sm_".join(gpus), [[]]
+        target = "sm_" + ", sm_".join(gpus)
+        flags = FLAGS[device] + [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus]
     else:
         target = torch.backends.cpu.get_cpu_capability()
-        command = [cpp_extension.get_cxx_compiler(), "-fPIC", *VECTORS.get(target, []), "-xc++"]
-        options = [["-fopenmp"], []]  # without OpenMP: one core
+        flags = FLAGS[device] + VECTORS.get(target, [])
+    flags.append(f"-DCHUNK={CHUNK[device]}")
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wkv_cuda.cu")
-    command += [*FLAGS[device], f"-DCHUNK={CHUNK[device]}", "-shared", source, "-o"]
     with open(source, "rb") as f:
-        key = hashlib.sha256(f.read() + repr(command).encode()).hexdigest()[:16]
+        key = hashlib.sha256(f.read() + repr((flags, torch.__version__)).encode()).hexdigest()[:16]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = os.path.join(root, "wkv")
     library = os.path.join(folder, f"wkv_{device}_{key}.so")
     if not os.path.exists(library):
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # no two processes meet in it
-            for option in options:
-                run = subprocess.run([*command, scratch + "/wkv.so", *option], capture_output=True, text=True)
-                if run.returncode == 0:
-                    break
-            else:
-                raise RuntimeError(f"{command[0]} says {run.stderr}")
-            os.replace(scratch + "/wkv.so", library)
+        os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)  # where pip put ninja
+        for openmp in (["-fopenmp"], []) if device == "cpu" else ([],):  # without OpenMP: one core
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # no two processes meet in it
+                copy = shutil.copy(source, os.path.join(scratch, "wkv.cu" if device == "cuda" else "wkv.cpp"))
+                try:
+                    cpp_extension.load(f"wkv_{device}", copy, extra_cflags=flags + openmp, extra_cuda_cflags=flags,
+                                       extra_ldflags=openmp, build_directory=scratch, is_python_module=False)
+                except RuntimeError:
+                    if openmp:
+                        continue
+                    raise
+                os.replace(*glob.glob(scratch + "/*.so"), library)
+                break
     return ctypes.CDLL(library), f"{device.upper()} kernel for {target}"
 
 
@@ -264,14 +268,21 @@ def milliseconds(run, graph, repeat):
     return statistics.median(times)
 
 
+def shape(text):
+    B, T, C = map(int, text.split(","))
+    return B, T, C
+
+
 def main():
     gpu = torch.cuda.is_available()
-    shapes = ["8,1024,512", "64,1024,1024", "1,8192,64"] if gpu else ["8,512,256", "16,256,192", "1,8192,64"]
+    shapes = [(8, 1024, 512), (64, 1024, 1024)] if gpu else [(8, 512, 256), (16, 256, 192)]
     parser = argparse.ArgumentParser(description="measure the WKV back ends",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cpu"] + ["cuda"] * gpu,
+                        help="where to run")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of k, v and y")
-    parser.add_argument("--shapes", nargs="+", default=shapes, metavar="B,T,C", help="what to measure")
+    parser.add_argument("--shapes", nargs="+", type=shape, default=[*shapes, (1, 8192, 64)], metavar="B,T,C",
+                        help="sizes to measure")
     args = parser.parse_args()
     gpu = args.device == "cuda"
     where = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
@@ -281,9 +292,8 @@ def main():
     del source, target
     print(f"copy: {copy:.0f} GB/s. GB/s below count every input read once and every output written once;\n"
           "error: |x - float64| / |float64| for y and for the worst gradient")
-    for shape in args.shapes:
+    for B, T, C in args.shapes:
         torch.manual_seed(0)
-        B, T, C = map(int, shape.split(","))
         w, u = torch.exp(torch.empty(C, device=args.device).uniform_(-9, 4)), torch.randn(C, device=args.device)
         k, v, g = torch.randn(3, B, T, C, device=args.device).to(getattr(torch, args.dtype))
         state, inputs = fresh_state(k), (w, u, k, v)
@@ -307,7 +317,7 @@ def main():
             times = milliseconds(forward, *how), milliseconds(backward, *how)
             total[name] = sum(times)
             rate = 8 * k.nbytes / total[name] / 1e6  # k, v, y; k, v, g, dk, dv
-            print(f"{shape:>12} {name:>6}: forward {times[0]:8.3f} ms, backward {times[1]:8.3f} ms,"
+            print(f"{f'{B},{T},{C}':>12} {name:>6}: forward {times[0]:8.3f} ms, backward {times[1]:8.3f} ms,"
                   f" {rate:6.1f} GB/s ({rate / copy:.1%} of copy), {total['plain'] / total[name]:.1f} x plain,"
                   f" {total.get('walk', total[name]) / total[name]:.1f} x walk,"
                   f" error {error[0]:.0e} {max(error[1:]):.0e}")

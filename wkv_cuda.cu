@@ -31,8 +31,8 @@ Forward saves the state at the start of each chunk; backward needs nothing else.
 #include <stdint.h>
 
 #ifdef __CUDACC__
-// On the GPU an F is one channel, and a block has 32 of them for up to WARPS chunks. Chunks are always whole here,
-// so that loops unroll (PADDED): steps past the end have a k below every state's p and weigh nothing.
+// On the GPU an F is one channel, and a block has 32 of them for up to WARPS chunks. Chunks are always whole
+// here (PADDED), so that loops unroll: steps past the end have a k below every state's p and weigh nothing.
 enum { LANES = 1, THREADS = 32, WARPS = 16, PADDED = 1 };
 typedef float F;
 #define FN __device__ __forceinline__
