@@ -679,7 +679,8 @@ def _sound_files(folder):
     checkpoints = []
     for arch, head in (('rwkv', 'chord'), ('lstm', 'bernoulli')):
         config = Config(9, arch, head, n_layer=1, n_embd=8, lookback=(2,))
-        torch.save(dict(version=VERSION, config=asdict(config), meta=META_OF_A_MODEL, step=1, valid=1.0, model=Model(config).state_dict()), folder / 'a.pt')
+        meta = dict(data='a', source='b', steps_per_beat=4, onsets=True, common_key=False, tempo=120.0)
+        torch.save(dict(version=VERSION, config=asdict(config), meta=meta, step=1, valid=1.0, model=Model(config).state_dict()), folder / 'a.pt')
         checkpoints.append((folder / 'a.pt').read_bytes())
     return dict(mid=midi, abc=abc, zip=packed, pt=checkpoints)
 
