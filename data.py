@@ -7,7 +7,10 @@ A *frame* says what each of the 88 keys does in one step of the beat (`steps_per
     176       the boundary, alone in its frame: here one song ends and the next one starts
 With onsets=False there is one plane, on wherever a key sounds, and the boundary is unit 88.
 """
-import contextlib, functools, hashlib, io, os, re, sys, threading, urllib.request, zipfile, zlib
+import contextlib, functools, hashlib, io, json, multiprocessing, os, re, signal, sys, threading, urllib.request
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +21,29 @@ import torch
 
 LOWEST, KEYS = 21, 88  # the piano: A0 is MIDI note 21, C8 is 108
 MAX_FRAMES = 100_000  # longest song we accept: 3.5 hours at 4 steps a beat and 120 beats a minute
-MAX_FILE = 4 << 20  # bytes in one music file: bounds what a hostile one can cost (7 s, 0.9 GB)
+# What a hostile file can cost is bounded by its size (measured at these: 1.1 s, 70 MB). Music stays far below: a
+# piano sonata has 0.1 MB of MIDI, a long tune 3,000 characters of ABC
+MAX_MIDI, MAX_FILE = 1 << 19, 4 << 20  # bytes in a MIDI file, in any other music file
+MAX_TUNE, MAX_TURNS = 20_000, 9  # characters in an ABC tune, and events in its playing; how often a part is played
 MAX_ARCHIVE = 1 << 30  # bytes of music in one zip, unpacked
 SPLITS = ('train', 'valid', 'test')
 
 
 class UserError(ValueError):
     """Something the user can mend: one sentence that names the file or option, and the mend."""
+
+    def __init__(self, sentence):
+        super().__init__(_printable(sentence))
+
+
+def _printable(text):
+    """Names and titles come from files: what would move the cursor, or not encode, must not reach the terminal."""
+    return ''.join(c if c.isprintable() else '?' for c in text)
+
+
+def _warn(sentences, most):
+    for sentence in sentences[:most] + [f'skipped: {len(sentences) - most:,} more'] * (len(sentences) > most):
+        print(_printable(sentence), file=sys.stderr)
 
 
 class Song(NamedTuple):
@@ -52,17 +71,17 @@ def _one_per_key(notes):
     return notes[np.lexsort((notes[:, 0], notes[:, 1]))]
 
 
-def _read_bytes(file, name, kind):
+def _read_bytes(file, name, kind, limit=MAX_FILE):
     """Bytes and name of a file given by its path or open."""
     is_open = hasattr(file, 'read')
     try:
         with contextlib.nullcontext(file) if is_open else open(file, 'rb') as f:
-            data = f.read(MAX_FILE + 1)
+            data = f.read(limit + 1)
     except OSError as e:
         raise UserError(f'cannot read {file} ({e.strerror}): give the path of {kind}') from None
     name = name or (kind if is_open else Path(file).name)
-    if len(data) > MAX_FILE:
-        raise UserError(f'{name} is larger than {MAX_FILE >> 20} MB, more than music needs: leave it out')
+    if len(data) > limit:
+        raise UserError(f'{name} is larger than {limit >> 10} KB, more than music needs: cut it, or leave it out')
     return data, name
 
 
@@ -74,7 +93,7 @@ def read_midi(path, name=None):
     Notes come from every track and channel but percussion (channel 10). Raises UserError if it cannot be read.
     Source: Standard MIDI Files 1.0 (RP-001); mido does the parsing.
     """
-    data, name = _read_bytes(path, name, 'a MIDI file')
+    data, name = _read_bytes(path, name, 'a MIDI file', MAX_MIDI)
     try:
         # mido puts a delta time of any length into one integer, in quadratic time; a legal one has 4 bytes
         if re.search(rb'[\x80-\xff]{1024}', data):
@@ -199,21 +218,22 @@ def read_abc(path, name=None):
     opening, *tunes = re.split(r'(?m)^(?=X:)', text)
     if not tunes:
         raise UserError(f'{name} has no tune in it (in ABC a tune starts with a line X:): give an ABC file')
-    defaults = re.findall(r'(?m)^([MLQ]):(.*)', opening.split('\n\n')[0])
-    songs = []
+    defaults = list(dict(re.findall(r'(?m)^([MLQ]):(.*)', opening.split('\n\n')[0])).items())
+    songs, skipped = [], []
     for tune in tunes:
         tune = re.split(r'\n[ \t]*\n', tune)[0]  # an empty line ends a tune; what follows is free text
         title = (re.search(r'(?m)^T:[ \t]*(\S.*)', tune) or re.match(r'(.*)', tune))[1].strip()[:80]
         try:
             songs.append(_song_from_abc(title, tune, defaults))
         except UserError as e:
-            print(f'{name}: skipped the tune "{title}": {e}', file=sys.stderr)
+            skipped.append(f'{name}: skipped the tune "{title}": {e}')
+    _warn(skipped, 20)
     return songs
 
 
 def _song_from_abc(title, tune, defaults):
-    if len(tune) > MAX_FRAMES:
-        raise UserError(f'it has more than {MAX_FRAMES:,} characters')
+    if len(tune) > MAX_TUNE:
+        raise UserError(f'it has more than {MAX_TUNE:,} characters')
     head, key, body = (*re.split(r'(?m)^(K:.*)', tune, maxsplit=1), '', '')[:3]
     page = dict(K={}, L=None, M=Fraction(1), Q='', compound=False, sharps=None)
     for letter, value in defaults + re.findall(r'(?m)^([A-Za-z]):(.*)', head + key):
@@ -330,6 +350,8 @@ def _spell(music, page):
         elif kind == 'tie':
             last[3], tied = last[1], spelt
         elif kind == 'broken':
+            if share != 1:  # a second one without a sound between: in exact fractions, a long row would take for ever
+                raise UserError(f'cannot read {text} here')
             more = 2 - Fraction(1, 2 ** len(text))  # A>B is A3/2 B/2, A>>B is A7/4 B/4
             last[2] *= more if text[0] == '>' else 2 - more
             share = 2 - more if text[0] == '>' else more
@@ -364,7 +386,7 @@ def _unfold(events):
             i += 1
         return events[i][1] if i < len(events) and events[i][0] == 'ending' else ()
 
-    played, i = [], 0
+    played, notes, i = [], 0, 0
     start, opened, turn, turns, final = 0, False, 1, 1, False  # opened: by |: ; final: we are in a last ending
     while i < len(events):
         event, i = events[i], i + 1
@@ -379,13 +401,16 @@ def _unfold(events):
         if event[0] == 'bar':
             _, ends, starts, double = event
             turns = max(turns, ends + 1, *ending_after(i)) if ends else turns
+            if turns > MAX_TURNS:
+                raise UserError(f'a part of it is played more than {MAX_TURNS} times')
             if ends and turn < turns:
                 turn, i, final = turn + 1, start, False
             elif ends or starts or double and (final or not opened):
                 start, opened, turn, turns, final = i, starts, 1, 1, False
         played.append(event)
-        if len(played) > MAX_FRAMES:
-            raise UserError(f'its repeats make more than {MAX_FRAMES:,} notes')
+        notes += len(event[1]) if event[0] == 'sound' else 0
+        if len(played) + notes > MAX_TUNE:
+            raise UserError(f'its repeats make more than {MAX_TUNE:,} notes')
     return played
 
 
@@ -511,12 +536,15 @@ class Tape(NamedTuple):
 
 
 def _tape(songs, steps_per_beat):
-    notes, bounds = [np.empty((0, 3), dtype=np.int64)], [0]
+    N, bounds = sum(len(song.notes) for song in songs), [0]
+    key, on, end = np.empty(N, np.uint8), np.empty(N, np.int32), np.empty(N, np.int32)
+    N = 0
     for song in songs:
-        notes.append(_quantise(song.notes, steps_per_beat) + [0, bounds[-1] + 1, bounds[-1] + 1])
-        bounds.append(notes[-1][:, 2].max())
-    key, on, end = np.ascontiguousarray(np.concatenate(notes).astype(np.int32).T)
-    return Tape(key.astype(np.uint8), on, end, np.maximum.accumulate(end), np.array(bounds))
+        notes = _quantise(song.notes, steps_per_beat) + [0, bounds[-1] + 1, bounds[-1] + 1]
+        here, N = slice(N, N + len(notes)), N + len(notes)
+        key[here], on[here], end[here] = notes.T
+        bounds.append(notes[:, 2].max())
+    return Tape(key[:N], on[:N], end[:N], np.maximum.accumulate(end[:N]), np.array(bounds))
 
 
 class Dataset:
@@ -592,8 +620,8 @@ NOTTINGHAM_URLS = (
 NOTTINGHAM_DIGEST = 'a107e20c1b880d97cb1d7c324cb185400313e6f3ffbf20e4b5d56bd3e604ea7e'
 TIMEOUT = 10  # seconds for one download
 MUSIC = ('.mid', '.midi', '.abc')
+CACHE, MANY = HERE / 'cache', 2000  # from so many files on, all cores read, and what they read is kept in CACHE
 FOLDERS = dict(train='train', valid='valid', validation='valid', test='test')
-ZIP_ERRORS = (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # from a bad zip
 
 
 def load(data='nottingham', steps_per_beat=4, onsets=True, common_key=False, log=print):
@@ -606,30 +634,113 @@ def load(data='nottingham', steps_per_beat=4, onsets=True, common_key=False, log
     What cannot be read is skipped and named on stderr. Raises UserError if no song is left.
     """
     source, files = _nottingham(log) if str(data) == 'nottingham' else (data, _music_in(data))
-    songs, skipped = [], []  # (file name, Song); sentences
-    for name, opener in files:
-        try:
-            with opener() as f:
-                found = read_abc(f, name) if name.lower().endswith('.abc') else [read_midi(f, name)]
-            if not any(len(song.notes) for song in found):
-                raise UserError(f'{name} has nothing in it that a piano can play: replace it or leave it out')
-        except ZIP_ERRORS as e:
-            mend = '' if isinstance(e, UserError) else f'{name} cannot be read, replace it or leave it out: '
-            skipped.append(f'{mend}{e}')
-            continue
-        for song in found:
-            if song.notes[:, 1:].max() * steps_per_beat < MAX_FRAMES - 1:
-                shift = common_key_shift(song) if common_key else 0
-                songs.append((name, song._replace(notes=np.float32(song.notes + [shift, 0, 0]))))
-            else:
-                skipped.append(f'{song.name} has more than {MAX_FRAMES:,} steps: cut it or lower --steps_per_beat')
+    table, notes = _read(data, files, log)
+    songs, skipped, end = [], table['skipped'], 0
+    for file, count, name, *rest in table['songs']:
+        song, end = Song(name, notes[end:end + count], *rest), end + count
+        if song.notes[:, 1:].max() * steps_per_beat < MAX_FRAMES - 1:
+            shift = common_key_shift(song) if common_key else 0
+            songs.append((file, song._replace(notes=song.notes + np.float32([shift, 0, 0])) if shift else song))
+        else:
+            skipped.append(f'{name} has more than {MAX_FRAMES:,} steps: cut it or lower --steps_per_beat')
     if not songs:
         raise UserError(f'no song in {data} can be used: {skipped[0]}')
-    for sentence in skipped[:5] + [f'{len(skipped) - 5:,} more'] * (len(skipped) > 5):
-        print('skipped:', sentence, file=sys.stderr)
+    _warn([f'skipped: {sentence}' for sentence in skipped], 5)
     if dropped := sum(song.dropped for _, song in songs):
         log(f'{dropped:,} notes that a piano does not have are left out')
     return Dataset(_split(songs, log), f'{source} ({len(songs):,} songs)', steps_per_beat, onsets, common_key)
+
+
+def _read(data, files, log):
+    """What is in the files, as (table, notes): table['songs'] has a row (file name, number of notes, name, tempo,
+    sharps, dropped) for each song, table['skipped'] a sentence for each file that cannot be read, and notes
+    (N, 3) float32 are those of all songs. Of many files it is kept in CACHE, and valid while they are unchanged."""
+    if len(files) < MANY:
+        return _pack(files, map(_read_file, files))
+    root, stamp = Path(data).resolve(), hashlib.sha256(Path(__file__).read_bytes())  # a changed reader reads anew
+    for name in [name for name, _ in files] if root.is_dir() else ['']:
+        with contextlib.suppress(OSError):
+            stat = os.stat(root / name)
+            stamp.update(os.fsencode(f'{name}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_mode}\n'))
+    stamp, cache = stamp.hexdigest(), CACHE / f'{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.npz'
+    try:
+        with np.load(cache, allow_pickle=False) as kept:
+            table = json.loads(kept['table'].tobytes())
+            if table['stamp'] == stamp:
+                return table, kept['notes']
+    except Exception:  # there is none yet, or it is damaged
+        pass
+    table, notes = _pack(files, _tell(_read_on_all_cores(files, log), len(files), log))
+    buffer, text = io.BytesIO(), json.dumps(dict(table, stamp=stamp)).encode()
+    np.savez_compressed(buffer, table=np.frombuffer(text, np.uint8), notes=notes)
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        write_whole(cache, buffer.getvalue())
+        log(f'kept in {cache}, which the next run reads instead while {data} is unchanged')
+    except (OSError, UserError) as e:
+        log(f'the next run has to read the files again: {e}')
+    return table, notes
+
+
+def _pack(files, results):
+    songs, skipped, notes = [], [], [np.empty((0, 3), np.float32)]
+    for found, (file, _) in zip(results, files):  # in this order, results runs to its end
+        if isinstance(found, str):
+            skipped.append(found)
+        else:
+            notes += [song.notes for song in found]
+            songs += [(file, len(song.notes), song.name, song.tempo, song.sharps, song.dropped) for song in found]
+    return dict(songs=songs, skipped=skipped), np.concatenate(notes)
+
+
+def _read_file(file):
+    """The Songs in a (name, function that opens it), notes in float32; or a sentence if there are none."""
+    name, opener = file
+    try:
+        with opener() as f:
+            f = io.BytesIO(f.read(MAX_FILE + 1))
+    except Exception as e:  # from a disk OSError; from a bad zip whatever zipfile and its decompressors come upon
+        return f'{name} cannot be read, replace it or leave it out: {e}'
+    try:
+        found = read_abc(f, name) if name.lower().endswith('.abc') else [read_midi(f, name)]
+    except UserError as e:
+        return str(e)
+    if not any(len(song.notes) for song in found):
+        return f'{name} has nothing in it that a piano can play: replace it or leave it out'
+    return [song._replace(notes=np.float32(song.notes)) for song in found]
+
+
+def _read_on_all_cores(files, log):
+    """Yields _read_file of each file. The processes start anew (spawn): a fork would inherit torch's threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    done = 0
+    try:
+        workers = max(1, min(cores, 60, len(files) // 500))  # a worker takes seconds to start, as long as 500 files
+        with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _start_worker) as pool:
+            for result in pool.map(_read_file, files, chunksize=64):
+                yield result
+                done += 1
+    except (BrokenProcessPool, OSError, ImportError) as e:  # no room for them, or no script they could start from
+        log(f'reading on one core ({e})')
+        yield from map(_read_file, files[done:])
+
+
+def _tell(results, total, log):
+    """Passes results on and tells how many there were: in a line that moves on a terminal, in ten lines in a log."""
+    for n, result in enumerate(results, 1):
+        yield result
+        line = f'read {n:,} of {total:,} files'
+        if sys.stderr.isatty():
+            if n % 100 == 0 or n == total:
+                print(f'\r{line}', end='\n' if n == total else '', file=sys.stderr, flush=True)
+        elif 10 * n // total > 10 * (n - 1) // total:
+            log(line)
+
+
+def _start_worker():
+    """Leave Ctrl-C to the parent, and end with it, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def _music_in(data):
@@ -644,7 +755,8 @@ def _music_in(data):
         found = [p for p in found if p.is_file()]  # and no pipe, which would make us wait
         files = [(p.relative_to(path).as_posix(), functools.partial(open, p, 'rb')) for p in found]
     elif path.suffix.lower() == '.zip':
-        files = _zip_members(path, path)
+        time = path.stat().st_mtime_ns
+        files = [(m.filename, functools.partial(_open_member, path, time, m)) for m in _zip_members(path, path)[1]]
     else:
         files = [(path.name, functools.partial(open, path, 'rb'))]
     files = [(name, opener) for name, opener in files
@@ -655,10 +767,10 @@ def _music_in(data):
 
 
 def _zip_members(file, path):
-    """The music in a zip, as a list of (name, function that opens it). Nothing is ever unpacked to the disk."""
+    """A zip and the music in it, as (ZipFile, [ZipInfo]). Nothing is ever unpacked to the disk."""
     try:
         archive = zipfile.ZipFile(file)
-    except ZIP_ERRORS as e:
+    except Exception as e:  # BadZipFile, struct.error, OverflowError, ...
         raise UserError(f'{path} is not a whole zip ({e}): get it again') from None
     for name in archive.namelist():
         if re.match(r'[\\/]|[A-Za-z]:[\\/]', name) or '..' in re.split(r'[\\/]', name):
@@ -667,13 +779,23 @@ def _zip_members(file, path):
     members.sort(key=lambda m: m.filename)
     if sum(m.file_size for m in members) > MAX_ARCHIVE:  # zipfile reads no more of a member than it declares
         raise UserError(f'{path} unpacks to more than {MAX_ARCHIVE >> 30} GB of music: use a smaller one')
-    return [(m.filename, functools.partial(archive.open, m)) for m in members]
+    return archive, members
+
+
+@functools.lru_cache(1)
+def _archive(path, time):
+    return zipfile.ZipFile(path)
+
+
+def _open_member(path, time, member):
+    """A file in a zip. Every process opens the zip for itself, and again only after it has changed."""
+    return _archive(path, time).open(member)
 
 
 def _split(songs, log):
     """[(file name, Song)] to {'train' | 'valid' | 'test': [Song]}, by folder if any is so named, or by hash."""
     def rank(song):
-        return int(hashlib.sha256(song.name.rsplit('/', 1)[-1].encode()).hexdigest(), 16)
+        return int(hashlib.sha256(song.name.rsplit('/', 1)[-1].encode(errors='surrogateescape')).hexdigest(), 16)
 
     if len(songs) < 3:
         log('fewer than 3 songs: train, valid and test are the same, and the figures say nothing of new music')
@@ -704,7 +826,7 @@ def _nottingham(log):
             if not local:
                 log(f'downloading Nottingham from {host}')
             files = _nottingham_files(NOTTINGHAM.read_bytes() if local else _download(origin))
-        except ZIP_ERRORS as e:  # a UserError is a ValueError
+        except Exception as e:  # no network, no such archive, or a bad one: try the next
             trouble.append(f'{host}: {e}')
             continue
         if not local:
@@ -742,10 +864,11 @@ def _download(url):
 def _nottingham_files(blob):
     """{'train/x.mid': bytes} from whatever archive they are in. Raises UserError if they are not those files."""
     files = {}
-    for name, opener in _zip_members(io.BytesIO(blob), 'the archive'):
-        m = re.search(r'(?:^|/)Nottingham/((?:train|valid|test)/[^/]+\.mid)$', name)
+    archive, members = _zip_members(io.BytesIO(blob), 'the archive')
+    for member in members:
+        m = re.search(r'(?:^|/)Nottingham/((?:train|valid|test)/[^/]+\.mid)$', member.filename)
         if m:
-            with opener() as f:
+            with archive.open(member) as f:
                 files[m[1]] = f.read(MAX_FILE)
     digest = hashlib.sha256(b''.join(name.encode() + b'\0' + files[name] for name in sorted(files))).hexdigest()
     if digest != NOTTINGHAM_DIGEST:

@@ -7,8 +7,10 @@ import functools
 import hashlib
 import http.server
 import io
+import json
 import math
 import os
+import random
 import re
 import resource
 import shlex
@@ -18,11 +20,13 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import wave
 import xml.etree.ElementTree as ET
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import mido
@@ -35,7 +39,8 @@ import render
 import sample
 import train
 import wkv
-from model import BernoulliHead, ChordHead, Config, Dropout, LSTMBlock, Model, RWKVBlock, load_checkpoint
+from model import (VERSION, BernoulliHead, CheckpointError, ChordHead, Config, Dropout, LSTMBlock, Model, RWKVBlock,
+                   load_checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------------ data: MIDI
@@ -519,6 +524,268 @@ def test_load_survives_zip_bombs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, 'MAX_ARCHIVE', 1 << 20)
     with pytest.raises(data.UserError, match='a.zip unpacks to more'):
         data.load(_zip(path, {f'{i}.mid': bytes(1 << 19) for i in range(3)}))
+
+
+# ---------------------------------------------------------------------------------------------- data: many files
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """A folder of 20 files that count as many, a folder for the cache, and no processes but this one."""
+    def no_room(*args):
+        raise OSError('no room')
+    for name, value in dict(CACHE=tmp_path / 'cache', MANY=20, ProcessPoolExecutor=no_room).items():
+        monkeypatch.setattr(data, name, value)
+    return _folder(tmp_path / 'music', [f'{i % 3}/{i}.mid' for i in range(20)])
+
+
+def _same(one, two):
+    return _names(one) == _names(two) and one.source == two.source and all(
+        a.notes.tolist() == b.notes.tolist() and a[2:] == b[2:] for s in data.SPLITS for a, b in zip(one.songs[s], two.songs[s]))
+
+
+@pytest.mark.parametrize('zipped', [False, True])
+def test_many_files_are_read_by_other_processes(many, tmp_path, monkeypatch, capsys, zipped):
+    (many / 'bad.mid').write_bytes(b'MThd')
+    path = _zip(tmp_path / 'a.zip', {str(p.relative_to(many)): p.read_bytes() for p in many.rglob('*.mid')}) if zipped else many
+    here, lines = data.load(path), []
+    monkeypatch.undo()
+    monkeypatch.setattr(data, 'MANY', 20)
+    monkeypatch.setattr(data, 'CACHE', tmp_path / 'other')
+    there = data.load(path, log=lines.append)
+    assert _same(here, there) and 'kept in' in lines[-1] and all(line.startswith('read ') for line in lines[:-1])
+    assert len({id(song.notes.base) for songs in there.songs.values() for song in songs}) == 1  # views into one array
+    assert capsys.readouterr().err.count('bad.mid') == 2
+
+
+def test_many_files_are_read_again_only_after_a_change(many, monkeypatch, capsys):
+    lines, read, read_file = [], [], data._read_file
+    monkeypatch.setattr(data, '_read_file', lambda file: read.append(file) or read_file(file))
+
+    def load(**options):
+        del lines[:], read[:]
+        return data.load(many, log=lines.append, **options)
+
+    first = load()
+    assert len(read) == 20 and [line for line in lines if line.startswith('read ')] == [f'read {n} of 20 files' for n in range(2, 21, 2)]
+    for options in ({}, dict(steps_per_beat=2), dict(common_key=True)):
+        assert _names(load(**options)) == _names(first) and not read and not lines
+    assert _same(load(), first) and not read
+    path = many / '0' / '0.mid'
+    changes = [lambda: _midi(path, [_on(70), _off(70, 1000), _on(71), _off(71, 9)]), lambda: os.utime(path, ns=(0, 0)),
+               lambda: _midi(many / 'new.mid', [_on(60), _off(60, 9)]), lambda: (many / 'new.mid').rename(many / 'newer.mid'),
+               lambda: (many / 'newer.mid').unlink(), lambda: monkeypatch.setattr(data, '__file__', __file__)]
+    for change in changes:
+        change()
+        load()
+        assert len(read) in (20, 21)
+        load()
+        assert not read
+    assert len(list(data.CACHE.iterdir())) == 1
+    capsys.readouterr()
+    monkeypatch.setattr(data, 'CACHE', path / 'cache')  # no place to write
+    assert _names(load()) == _names(first) and len(read) == 20 and 'again' in lines[-1] and not capsys.readouterr().err
+
+
+def test_many_files_a_damaged_cache_is_read_over(many):
+    first = data.load(many)
+    cache = next(data.CACHE.iterdir())
+    good = cache.read_bytes()
+    pickled = io.BytesIO()
+    np.savez(pickled, table=np.array([{}], dtype=object), notes=np.zeros((1, 3)))
+    for bad in (b'', b'nothing', good[:-1], good[:100], good[:200] + b'?' + good[201:], pickled.getvalue(), bytes(len(good))):
+        cache.write_bytes(bad)
+        assert _same(data.load(many), first)
+        with np.load(cache, allow_pickle=False) as kept:
+            assert len(kept['notes']) == 20
+
+
+def test_many_files_two_processes_at_once(many, tmp_path):
+    code = (f'import sys; sys.path.insert(0, {str(HERE)!r}); import data\ndef no_room(*a): raise OSError\n'
+            f'data.MANY, data.CACHE, data.ProcessPoolExecutor = 20, data.Path({str(data.CACHE)!r}), no_room\n'
+            f'for i in range(30):\n'
+            f'    for p in data.CACHE.glob("*.npz") if i % 3 == 0 else (): p.unlink(missing_ok=True)\n'
+            f'    assert sum(map(len, data.load({str(many)!r}, log=str).songs.values())) == 20, i\n')
+    both = [subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        assert process.communicate(timeout=300) == (None, '') and process.returncode == 0
+    assert [p.suffix for p in data.CACHE.iterdir()] == ['.npz']
+
+
+def test_odd_names(tmp_path, capfd):
+    path = _folder(tmp_path / 'a', ['1.mid', '2.mid', os.fsdecode(b'\xe9t\xe9.mid')])
+    (path / 'red\x1b[31m\n.mid').write_bytes(b'')
+    assert sum(map(len, data.load(path).songs.values())) == 3
+    err = capfd.readouterr().err
+    assert err.count('\n') == 1 and '\x1b' not in err and 'red?[31m?.mid' in err
+
+
+# ------------------------------------------------------------------------------------------------- hostile files
+# `python test_model.py 20000` reads 20,000 mutated files, and prints how it went as JSON; the test reads a few.
+
+LIMITS = dict(seconds=2, megabytes=500)  # for each file, beyond what an idle process takes
+
+
+def _mutate(rng, blob, others):
+    """A copy of bytes with one to three things wrong: bits, the end, a piece of another file, a number, a piece repeated."""
+    blob = bytearray(blob)
+    for _ in range(rng.randint(1, 3)):
+        at, size = rng.randrange(len(blob) + 1), rng.choice([1, 2, 4, 8])
+        match rng.randrange(5):
+            case 0:
+                for _ in range(rng.randint(1, 16) if blob else 0):
+                    blob[rng.randrange(len(blob))] ^= 1 << rng.randrange(8)
+            case 1:
+                del blob[at:]
+            case 2:
+                other = rng.choice(others)
+                start = rng.randrange(len(other))
+                blob[at:at + rng.randrange(200)] = other[start:start + rng.randint(1, 4000)]
+            case 3:
+                number = rng.choice([0, 1, 127, 128, 255, 2 ** 15 - 1, 2 ** 24 - 1, 2 ** 28 - 1, 2 ** 31, 2 ** 64 - 1, len(blob)])
+                blob[at:at + size] = (number % 256 ** size).to_bytes(size, rng.choice(['big', 'little']))
+            case 4:
+                piece = blob[at:at + rng.randint(1, 200)]
+                blob[at:at] = piece * min(int(2 ** rng.uniform(0, 14)), (1 << 16) // max(1, len(piece)))
+    return bytes(blob[:1 << 18])
+
+
+def _mutate_member(rng, blob, others):
+    """A sound zip in which one member is mutated, so that its checksum does not give it away."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(blob)) as old, zipfile.ZipFile(buffer, 'w') as new:
+        chosen = rng.choice(old.namelist())
+        for m in old.infolist():
+            new.writestr(m, _mutate(rng, old.read(m), others) if m.filename == chosen else old.read(m))
+    return buffer.getvalue()
+
+
+def _sound_files(folder):
+    """{kind: [bytes]}: files of each kind as they should be."""
+    tunes = data.TUNES.read_text(encoding='utf-8').split('\n\nX:')[1:]
+    abc = ['\n\nX:'.join(['', *tunes[i:i + 4]]).encode() for i in range(0, 40, 4)]
+    meta = [mido.MetaMessage('key_signature', key='F#m'), mido.MetaMessage('set_tempo', tempo=400_000, time=9),
+            mido.MetaMessage('track_name', name='x' * 40), mido.Message('sysex', data=range(100)),
+            mido.Message('pitchwheel', pitch=9, channel=3), mido.MetaMessage('time_signature', numerator=6)]
+    midi = [_midi(folder / 'a.mid', meta + [_on(60), _off(60, 480)], [_on(n, 5) for n in range(128)]).read_bytes()]
+    for i, song in enumerate(data.read_abc(io.BytesIO(b'\n\n'.join(abc)))[:9]):
+        data.write_midi(song.notes, folder / 'a.mid')
+        midi.append((folder / 'a.mid').read_bytes())
+    packed = [_zip(folder / 'a.zip', {f'train/{i}.mid': midi[i], 'valid/x/b.abc': abc[i], 'c.txt': b'?'}).read_bytes() for i in range(4)]
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(folder / 'a.zip', 'w', method) as z:
+            z.writestr('a.mid', midi[0])
+            z.writestr('b.abc', abc[0])
+        packed.append((folder / 'a.zip').read_bytes())
+    checkpoints = []
+    for arch, head in (('rwkv', 'chord'), ('lstm', 'bernoulli')):
+        config = Config(9, arch, head, n_layer=1, n_embd=8, lookback=(2,))
+        meta = dict(data='a', source='b', steps_per_beat=4, onsets=True, common_key=False, tempo=120.0)
+        torch.save(dict(version=VERSION, config=asdict(config), meta=meta, step=1, valid=1.0, model=Model(config).state_dict()), folder / 'a.pt')
+        checkpoints.append((folder / 'a.pt').read_bytes())
+    return dict(mid=midi, abc=abc, zip=packed, pt=checkpoints)
+
+
+def _worst_files():
+    """(kind, bytes): made by hand, to cost as much as they can."""
+    size, head = data.MAX_MIDI - 30, b'MThd\0\0\0\6\0\0\0\1\1\xe0MTrk'
+    for event, again in ((b'\0\xc0\5', b'\0\5'), (b'\0\x90\x3c\x40', b'\1\x3c\x40'), (b'', b'\0\xff\1\0'), (b'', b'\0\xf0\1\xf7'),
+                         (b'', b'\0\xff\x7f\0'), (b'', b'\xff' * 500 + b'\0\xc0\0'), (b'', b'\0\xff\x7f\xff\xff\xff\x7f')):
+        body = event + again * ((size - len(event)) // len(again))
+        yield 'mid', head + len(body).to_bytes(4, 'big') + body
+    yield 'mid', head[:10] + b'\x7f\xff' + head[12:14] + b'MTrk\0\0\0\0' * (size // 8)
+    lengths = ''.join(f'C{n}/{999 - n}' for n in range(1, 999))
+    for tune in ('C' + '>' * 19_000, '[1' * 9_000, ':' * 9_000 + '|', 'C' + ':' * 9_000 + '|' + 'C' * 9_000, '[' + 'C' * 9_000 + ']:::::::|',
+                 lengths, '"C"C' * 4_900, '"C"[C-E]-' * 2_000, '|:' * 9_000, 'C:|' * 6_000, '(9:9:9' * 3_000, 'C' + "'" * 19_000, '"(' * 9_000,
+                 '{' * 19_000, '[L:1/997]C[L:1/991]C' * 900, '|:C[99C:|' * 2000, '![' * 9_000, '"' * 19_999, "\n " * 9_000, '=' * 19_000, 'A:|\n' * 4_000):
+        yield 'abc', f'X:1\nK:C\n{tune}\n'.encode()
+    yield 'abc', b'M:4/4\n' * 20_000 + b'X:1\n' * 20_000
+    yield 'abc', b'M:4/4\nL:1/8\n\n' + b'X:1\nK:C\nC\n\n' * 200 + b'\n' * (1 << 20) + b'T:' + b' ' * (1 << 20) + b'%' * (1 << 20)
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, 'w', method) as z:
+            z.writestr('a.mid', bytes(64 << 20))
+            for i in range(9_000):
+                z.writestr(f'{i}.mid', b'')
+        yield 'zip', buffer.getvalue()
+
+
+def survive(count, folder):
+    """Reads mutated files, as many as asked for in all, under LIMITS; returns what became of them."""
+    rng, wrote, result = random.Random(count), [], {}
+    sound, mine = _sound_files(folder), [False]
+    many, cache = _folder(folder / 'many', ['0.mid', '1.mid', '2.mid']), folder / 'cache'
+
+    def watch(event, args):  # Python itself tells of every file opened, changed or removed
+        writes = event == 'open' and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if mine[0] and (writes or event in ('os.remove', 'os.rename', 'os.mkdir', 'os.rmdir', 'os.link', 'os.symlink', 'shutil.rmtree',
+                                            'os.system', 'os.exec', 'os.posix_spawn', 'subprocess.Popen', 'socket.connect')):
+            wrote.append((event, *args))
+
+    def read(kind, path):
+        if kind == 'pt':
+            try:
+                return bool(load_checkpoint(path)[0])
+            except CheckpointError as e:
+                error = e
+        else:
+            try:
+                songs = [song for songs in data.load(many if kind == 'npz' else path, log=str).songs.values() for song in songs]
+                for song in songs:
+                    key, on, end = song.notes.T
+                    assert len(key) and 0 <= key.min() and key.max() < 88 and 0 <= on.min() and (on <= end).all() and np.isfinite(end).all()
+                assert kind != 'npz' or sorted(song.name for song in songs) == ['0.mid', '1.mid', '2.mid']
+                return True
+            except data.UserError as e:
+                error = e
+        assert kind != 'npz' and str(path) in str(error) and '\n' not in str(error), str(error)
+        return False
+
+    def check(kind, blob, what):
+        path.write_bytes(blob)
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        mine[0] = kind != 'npz'
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as told:
+                good = read(kind, path)
+        except BaseException:
+            (folder / f'failed.{kind}').write_bytes(blob)
+            print(f'{kind} {what}: see {folder}/failed.{kind}', file=sys.stderr)
+            raise
+        mine[0] = False
+        seconds, grown = time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        row = result.setdefault(kind, dict(files=0, read=0, seconds=0.0, slowest=0.0, megabytes=0.0))
+        row.update(files=row['files'] + 1, read=row['read'] + good, seconds=row['seconds'] + seconds, slowest=max(row['slowest'], seconds),
+                   megabytes=row['megabytes'] + grown)
+        if seconds > LIMITS['seconds'] or row['megabytes'] > LIMITS['megabytes'] or wrote or len(told.getvalue()) > 10_000:
+            (folder / f'failed.{kind}').write_bytes(blob)
+            raise AssertionError(f'{kind} {what}: {seconds:.1f} s, {row["megabytes"]:.0f} MB, {wrote}, {len(told.getvalue())} characters, see {folder}')
+
+    def no_room(*args):
+        raise OSError('no room')
+    data.ProcessPoolExecutor, data.CACHE, data.MANY = no_room, cache, 10 ** 6
+    sys.addaudithook(watch)
+    path = folder / 'x.pt'  # torch loads some of itself when it is first used
+    check('pt', sound['pt'][0], 'sound')
+    for i, (kind, blob) in enumerate(_worst_files()):
+        path = folder / f'x.{kind}'
+        check(kind, blob, f'made by hand, {i}')
+    data.MANY = 3
+    data.load(many, log=str)
+    sound['npz'] = [next(cache.iterdir()).read_bytes()]
+    kinds = [(kind, change) for kind in sound for change in ((_mutate, _mutate_member) if kind in ('zip', 'pt') else (_mutate,))]
+    for i in range(count):
+        kind, change = kinds[i % len(kinds)]
+        path = next(cache.iterdir()) if kind == 'npz' else folder / f'x.{kind}'
+        data.MANY = 3 if kind == 'npz' else 10 ** 6
+        check(kind, change(rng, rng.choice(sound[kind]), sound[kind]), i)
+    return result
+
+
+def test_hostile_files(tmp_path):
+    done = subprocess.run([sys.executable, '-B', __file__, '1000', tmp_path], text=True, capture_output=True, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    assert sorted(result) == ['abc', 'mid', 'npz', 'pt', 'zip'] and all(0 < row['read'] <= row['files'] for row in result.values())
 
 
 # ------------------------------------------------------------------------------------- data: Nottingham and download
@@ -2042,3 +2309,8 @@ def test_render_loss_chart_of_odd_tables(tmp_path, one):
     heights = sorted(float(t.get('y')) for t in texts)[::2]
     assert np.diff(heights).min() >= 12 and heights[0] > 25 and heights[-1] < float(root.get('height'))
     assert 'nan' not in ''.join(p.get('d') for p in root.iter(SVG + 'path'))
+
+
+if __name__ == '__main__':  # python test_model.py 20000 [folder]: so many mutated files, in a folder that is kept
+    with tempfile.TemporaryDirectory() as temporary:
+        print(json.dumps(survive(int(sys.argv[1]), Path(*(sys.argv[2:] or [temporary])))))
