@@ -17,6 +17,7 @@ Nothing in here knows about music: a frame is any set of units, a character of t
 import math
 import os
 import pickle
+import warnings
 import zipfile
 from dataclasses import dataclass
 
@@ -407,7 +408,9 @@ def load_checkpoint(path, device='cpu'):
             f.seek(-22, 2)      # where the directory of a zip ends
             if f.read(4) != b'PK\5\6' or archive.testzip():
                 raise ValueError('its bytes have changed')
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')         # of odd pickles, which end in the sentence below
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         if checkpoint['version'] != VERSION:
             raise ValueError(f'it is of version {checkpoint["version"]}, this code reads {VERSION}')
         meta, weights, config = checkpoint['meta'], checkpoint['model'], Config(**checkpoint['config'])
