@@ -300,7 +300,11 @@ def fit(args, saved=None):
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision('high')
 
+    if rank:
+        dist.barrier()      # the first process downloads, or reads many files, and the others find what it kept
     dataset = data.load(args.data, args.steps_per_beat, args.onsets, args.common_key, say)
+    if world > 1 and not rank:
+        dist.barrier()
     lookback = tuple(sorted({max(1, round(lag * args.steps_per_beat)) for lag in args.lookback}))
     config = Config(dataset.V, args.arch, args.head, args.n_layer, args.n_embd, args.dropout, lookback)
     model = Model(config).to(device)
