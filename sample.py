@@ -42,7 +42,7 @@ def parse_args():
 
     group('the model',
           ('ckpt', Path('out/rwkv.pt'), Path, 'checkpoint written by train.py (default: out/rwkv.pt)'),
-          ('device', 'cpu', str, 'cpu, cuda, ... (default: cpu, which composes one tune as fast as a GPU)'))
+          ('device', 'cpu', str, 'cpu, cuda, ... (default: cpu)'))
     group('composing',
           ('num_samples', 1, number(int, 1, 10_000), 'tunes, composed side by side; those whose nats a frame are nearest to real tunes come first (default: 1)'),
           ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before (default: 256)'),
