@@ -11,7 +11,8 @@ Both architectures read binary frames (B, T, V) and answer for each the distribu
     model.sample(out[:, -1])               # (B, V): the next frame, drawn
 
 The same call trains (T = a window, state dropped) and composes (T = 1, state carried); the numbers agree.
-Nothing in here knows about music: a frame is any set of units, a character of text is a frame with one unit.
+All that is known of music here is that the last unit of a frame is the boundary between tunes: a frame may be any set of
+units, and a character of text is a frame with one.
 """
 
 import math
@@ -218,7 +219,7 @@ class ChordHead(nn.Module):
         logits(h, S) = W_out gelu(W_hidden h + b_hidden + sum_{u in S} W_chosen[:, u]) + b_out
 
     Every set of units has exactly one spelling, so the probabilities of all 2^V frames sum to 1. This is NADE
-    (Larochelle & Murray 2011) that walks over the units that are on instead of all V: about 5 small steps, not 88.
+    (Larochelle & Murray 2011) that walks over the units that are on instead of all V: K + 1 small steps, some six.
     """
 
     def __init__(self, config):
@@ -271,7 +272,7 @@ class ChordHead(nn.Module):
 
 class Model(nn.Module):
     """
-    frames (B, T, V) -> Linear -> blocks -> LayerNorm -> head.
+    frames (B, T, V) -> Linear (and lookback) -> LayerNorm -> blocks -> LayerNorm -> head.
 
     With lookback, the frames that stood lag frames before the one to predict (lag in config.lookback) come in through a
     second Linear: a tune repeats its bars and phrases, and a recurrent state of fixed size can't recite them (the idea
@@ -318,17 +319,17 @@ class Model(nn.Module):
         past, recurrent = (None, None) if state is None else state
         x = self.emb(frames.to(self.emb.weight.dtype))
         if self.config.lookback:
-            M = max(self.config.lookback) - 1           # frames before this call that the longest lag can reach
+            H = max(self.config.lookback) - 1           # frames before this call that the longest lag can reach
             if past is None:
-                past = frames.new_zeros(frames.shape[0], M, frames.shape[2])
-            seen = torch.cat((past, frames), dim=1)     # (B, M + T, V); the frame after input t stands at M + t + 1
-            now = M + torch.arange(frames.shape[1], device=frames.device)
+                past = frames.new_zeros(frames.shape[0], H, frames.shape[2])
+            seen = torch.cat((past, frames), dim=1)     # (B, H + T, V); the frame after input t stands at H + t + 1
+            now = H + torch.arange(frames.shape[1], device=frames.device)
             then = now.unsqueeze(1) + 1 - self.lags                 # (T, lags)
             tune = seen[..., -1].cumsum(1)                          # which tune a frame is in; each begins with a boundary
             same = tune[:, then] == tune[:, now].unsqueeze(2)       # (B, T, lags): a tune does not look into another one
             old = seen[:, then] * same.unsqueeze(3)                 # (B, T, lags, V)
             x = x + self.look(old.flatten(2).to(x.dtype))
-            past = seen[:, seen.shape[1] - M:]
+            past = seen[:, seen.shape[1] - H:]
         x = self.drop(self.blocks[0].ln0(x))
         recurrent = list(recurrent or [None] * len(self.blocks))
         for i, block in enumerate(self.blocks):

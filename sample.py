@@ -6,6 +6,7 @@ Writes out/rwkv.mid, .wav (listen) and .svg (look); with --num_samples, out/rwkv
 
 import argparse
 import math
+import re
 import secrets
 import sys
 import time
@@ -24,7 +25,7 @@ from train import boolean, exit_with, number, pick_device
 
 def key_signature(text):
     """'D' -> 2, 'F#m' -> 3, 'Bb' -> -2: sharps in the signature, for argparse."""
-    if text[:1] not in 'ABCDEFG' or text[1:].rstrip('m') not in ('', '#', 'b') or text.count('m') > 1:
+    if not re.fullmatch('[A-G][#b]?m?', text):
         raise argparse.ArgumentTypeError(f'{text!r} is no key: write C, F#, Bb, Am, C#m, ...')
     return data.sharps(text)
 
@@ -44,7 +45,8 @@ def parse_args():
           ('ckpt', Path('out/rwkv.pt'), Path, 'checkpoint written by train.py (default: out/rwkv.pt)'),
           ('device', 'cpu', str, 'cpu, cuda, ... (default: cpu)'))
     group('composing',
-          ('num_samples', 1, number(int, 1, 10_000), 'tunes, composed side by side; those whose nats a frame are nearest to real tunes come first (default: 1)'),
+          ('num_samples', 1, number(int, 1, 1000), 'tunes to write, the best first (default: 1)'),
+          ('best_of', 8, number(int, 1, 1000), 'tunes composed, side by side, for each that is written (default: 8)'),
           ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before (default: 256)'),
           ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune (default: 16)'),
           ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer (default: 1)'),
@@ -94,7 +96,7 @@ def beats_per_bar(notes):
 def intervals(notes, steps_per_beat):
     """
     A tune as one number a step, the same in every transposition: 0 where nothing is struck, else a name (checksum) of the
-    keys that are, counted from the highest key of the strike before.
+    keys that are, counted from the highest key of the strike before. It tells what is struck when, not how long it is held.
     """
     steps = np.floor(notes * [1, steps_per_beat, steps_per_beat] + 0.5).astype(int)
     tune, top = np.zeros(steps[:, 1].max(initial=-1) + 1, np.int64), None
@@ -106,7 +108,8 @@ def intervals(notes, steps_per_beat):
 
 
 def longest_copy(tune, book):
-    """Steps in the longest stretch that stands both in tune and in book, two arrays of intervals()."""
+    """Steps in the longest stretch that stands both in tune and in book, two arrays of intervals(). The stretch begins
+    after its first strike, which is named by the one before it."""
     longest, run = 0, np.zeros(len(book) + 1, np.int32)     # run[j]: steps of the match that ends with book[j - 1]
     for name in tune:
         run[1:] = (run[:-1] + 1) * (book == name)
@@ -118,7 +121,7 @@ def training_book(meta):
     """The training songs of a checkpoint, as intervals() with a fence behind each; and where they are. None if gone."""
     path, grid = Path(meta['data']), (meta['steps_per_beat'], meta['onsets'])
     if meta['data'] == 'nottingham':
-        path = data.NOTTINGHAM if data.NOTTINGHAM.exists() else data.TUNES
+        path = data.TUNES if meta['source'].startswith(data.TUNES.name) else data.NOTTINGHAM
     try:
         songs = data.load(path, *grid, log=lambda line: None).songs['train']
     except UserError:
@@ -140,8 +143,8 @@ def compose(args):
     if length > data.MAX_FRAMES:
         raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
                         f'{data.MAX_FRAMES // meta["steps_per_beat"]:,} beats or less')
-    if args.num_samples * length > 200 * data.MAX_FRAMES:       # 3.5 GB
-        raise UserError(f'--num_samples={args.num_samples} times --length={args.length:g} is more than {200 * data.MAX_FRAMES:,} '
+    if args.num_samples * args.best_of * length > 200 * data.MAX_FRAMES:       # 3.5 GB
+        raise UserError(f'--num_samples={args.num_samples} times --best_of={args.best_of} times --length={args.length:g} is more than {200 * data.MAX_FRAMES:,} '
                         'frames at once: ask for fewer or shorter tunes')
     out = args.out or args.ckpt.with_suffix('.mid')
     if not out.parent.is_dir():
@@ -159,18 +162,21 @@ def compose(args):
     frames = data.to_frames(opening, *grid)
     boundary = np.zeros((1, model.config.n_units), np.uint8)
     boundary[0, -1] = 1
-    prompt = torch.from_numpy(np.concatenate((boundary, frames))).to(device).expand(args.num_samples, -1, -1)
+    prompt = torch.from_numpy(np.concatenate((boundary, frames))).to(device)
+    prompt = prompt.expand(args.num_samples * args.best_of, -1, -1)
 
     torch.set_num_threads(1)        # a frame is too little work to share between cores
     start = time.perf_counter()
     composed = model.compose(prompt, length, args.temperature, args.top_p, generator,
                              at_least=math.ceil(args.min_length * meta['steps_per_beat']))
     seconds, count = time.perf_counter() - start, sum(map(len, composed))
-    print(f'seed {seed}: {args.num_samples} x {max(map(len, composed))} frames in {seconds:.1f} s, '
+    print(f'seed {seed}: {len(composed)} x {max(map(len, composed))} frames in {seconds:.1f} s, '
           f'{count / seconds:,.0f} frames a second')
-    # the model's own opinion, nats a frame: far above what real tunes get is noise, far below is one bar over and over
+    # the model's own opinion, nats a frame: far above what real tunes get is noise, far below is one bar over and over;
+    # and first come the tunes that it ended itself
     scored = [(model.nats_per_frame(prompt[i], tune), i) for i, tune in enumerate(composed) if len(tune)]
-    ranked = sorted(scored, key=lambda score: abs(score[0] - checkpoint['valid']))
+    ranked = sorted(scored, key=lambda score: (len(composed[score[1]]) == length, abs(score[0] - checkpoint['valid'])))
+    ranked = ranked[:args.num_samples]
     if not ranked:
         raise UserError(f'the model ended the tune at once: use another --seed{" or a shorter prompt" * bool(args.prompt)}')
 

@@ -1821,6 +1821,8 @@ BAD_OPTIONS = [
     ('sample', ['--ckpt={ckpt}', '--length=1e6'], '--length'),
     ('sample', ['--ckpt={ckpt}', '--num_samples=10000', '--length=20000'], '--num_samples'),
     ('sample', ['--ckpt={ckpt}', '--key=H'], '--key'),
+    ('sample', ['--ckpt={ckpt}', '--key='], '--key'),
+    ('train', ['--max_minutes=inf'], '--max_minutes'),
     ('sample', ['--ckpt={ckpt}', '--prompt={tmp}/silent.mid'], 'silent.mid'),
     ('sample', ['--ckpt={ckpt}', '--prompt={tmp}/file'], 'file'),
     ('sample', ['--ckpt={ckpt}', '--prompt={tmp}/none.mid'], 'none.mid'),

@@ -91,7 +91,7 @@ def parse_args(words=None):
           ('batch_size', None, number(int, 1), 'windows in a step, all processes together (default: 8 on a CPU, 32 on a GPU)'),
           ('gradient_accumulation_steps', 1, number(int, 1), 'pieces a process takes its windows in, to save memory'),
           ('block_size', 256, number(int, 1), 'frames in a window'),
-          ('max_minutes', 8.0, number(float, 0), 'the schedule ends after so long; 0: no limit, --max_iters decides'),
+          ('max_minutes', 8.0, number(float, 0, 1e6), 'the schedule ends after so long; 0: no limit, --max_iters decides'),
           ('max_iters', 0, number(int, 0), 'the schedule ends after so many steps; 0: no limit, --max_minutes decides'),
           ('learning_rate', 6e-3, number(float, 0), 'highest learning rate'),
           ('min_lr', 6e-5, number(float, 0), 'learning rate at the end'),
@@ -170,7 +170,7 @@ def together(values, device, largest=False):
 
 class Loss(nn.Module):
     """Model and loss in one forward, where DistributedDataParallel finds both: windows (B, T + 1, V) and the frames
-    before them, past (B, M, V) -> mean nats a frame."""
+    before them, past (B, H, V) -> mean nats a frame."""
 
     def __init__(self, model, compiled=False):
         super().__init__()
@@ -368,12 +368,12 @@ def fit(args, saved=None):
                       recent=recent, spent=spent))
 
     stop = []           # signals that came in: the step is finished and the run saved before they are obeyed
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, frame: stop.append(signum))
     while True:
         # the first process has the clock, any of them may have got a signal; all must decide alike
         done, stopped = together([progress() if rank == 0 else 0, max(stop, default=0)], device, largest=True)
-        done = min(1.0, done)
+        done = min(1.0, done) if step else 0.0      # one step at least: the end needs a checkpoint of this run
         if stopped:
             save_last()
             say(f'stopped at step {step}; to go on:  {go_on_command()}')
