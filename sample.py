@@ -8,7 +8,6 @@ import argparse
 import math
 import re
 import secrets
-import sys
 import time
 import zlib
 from pathlib import Path
