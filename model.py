@@ -37,10 +37,10 @@ class Config:
     n_layer: int = 3
     n_embd: int = 192           # C
     dropout: float = 0.1
-    lookback: tuple = ()        # lags in frames: the model also reads the frames that stood so long before the next one
+    lookback: int = 0           # W: the model also looks at the last W frames of the tune; 0: it does not
 
     def __post_init__(self):
-        sizes = self.n_units, self.n_layer, self.n_embd, *self.lookback, len(self.lookback) + 1
+        sizes = self.n_units, self.n_layer, self.n_embd, self.lookback + 1
         if not (all(type(n) is int and 1 <= n <= 100_000 for n in sizes) and 0 <= self.dropout < 1
                 and self.arch in ('rwkv', 'lstm') and self.head in ('chord', 'bernoulli')):
             raise ValueError(f'there is no such model: {self}')
@@ -186,6 +186,61 @@ class LSTMBlock(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+class Lookback(nn.Module):
+    """
+    Tunes repeat their bars and phrases, and no recurrent state of fixed size holds a phrase note by note. So the model
+    keeps the last W frames of the tune itself, after an idea of the Lookback RNN (Waite, Magenta 2016), and with them
+
+        same_t[l] = 1 if frame t equals frame t - l, else 0, for the lags l = 1..W       what the blocks read, beside frame t
+        p_t = softmax(W_lag LN(h_t) + b_lag)                           over the lags, and one more for "nothing like it"
+        recall(h)_t = W_recall sum_l p_t[l] frame_{t+1-l}              what came next then; it is added to h_t for the head
+
+    where h is what the blocks make of it. It is an attention that asks "how long ago?" instead of "where is something
+    like this?": the recurrent network learns from `same` which lag is being repeated at present. No lag reaches past the
+    boundary into another tune.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, V, self.W = config.n_embd, config.n_units, config.lookback
+        self.same = nn.Linear(self.W, C, bias=False)
+        self.ln = nn.LayerNorm(C)
+        self.lag = nn.Linear(C, self.W + 1)
+        self.recall = nn.Linear(V, C, bias=False)
+
+    def read(self, frames, past):
+        """
+        frames (B, T, V), past (B, W, V) the frames before them, or None -> x (B, T, C) for the first block; the W frames
+        before the next call; and for forward the frames seen (B, W + T, V), which of them each lag means (T, W), and
+        whether those are of the same tune (B, T, W).
+        """
+        W, dtype = self.W, self.same.weight.dtype
+        if past is None:
+            past = frames.new_zeros(frames.shape[0], W, frames.shape[2])
+        seen = torch.cat((past, frames), dim=1)                             # frame t stands at W + t
+        then = W + 1 + torch.arange(frames.shape[1], device=frames.device).unsqueeze(1) - torch.arange(
+            1, W + 1, device=frames.device)                                 # (T, W): l frames before frame t + 1
+        tune = seen[..., -1].cumsum(1)                                      # which tune a frame is in; each begins with a boundary
+        within = tune[:, then] == tune[:, W:].unsqueeze(2)
+        # frames are equal if they have as many units in common as each has on: a product for all pairs at once
+        past, seen = seen[:, -W:], seen.to(dtype)
+        with torch.autocast(frames.device.type, enabled=False):             # bfloat16 counts to 256 only
+            common = seen[:, W:] @ seen.mT                                  # (B, T, W + T)
+        on = seen.sum(-1)
+        equal = (common == on[:, W:].unsqueeze(2)) & (common == on.unsqueeze(1))
+        same = equal.gather(2, (then - 1).expand_as(within)) & (tune[:, then - 1] == tune[:, W:].unsqueeze(2))
+        return self.same(same.to(dtype)), past, (seen, then, within)
+
+    def forward(self, h, view):
+        seen, then, within = view
+        scores = self.lag(self.ln(h))                                       # (B, T, 1 + W)
+        p = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))[..., 1:] * within
+        weights = p.new_zeros(*p.shape[:2], seen.shape[1]).scatter(2, then.expand_as(within), p)
+        return self.recall(weights.to(seen.dtype) @ seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Heads: from what the model knows after frame t, (.., C), to the distribution of frame t + 1
 
 class BernoulliHead(nn.Module):
@@ -272,20 +327,14 @@ class ChordHead(nn.Module):
 
 class Model(nn.Module):
     """
-    frames (B, T, V) -> Linear (and lookback) -> LayerNorm -> blocks -> LayerNorm -> head.
-
-    With lookback, the frames that stood lag frames before the one to predict (lag in config.lookback) come in through a
-    second Linear: a tune repeats its bars and phrases, and a recurrent state of fixed size can't recite them (the idea
-    of the Lookback RNN, Magenta 2016). It sees nothing before the latest frame whose last unit (the boundary) is on.
+    frames (B, T, V) -> Linear (and lookback) -> LayerNorm -> blocks -> (lookback) -> LayerNorm -> head.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, C, V = config, config.n_embd, config.n_units
-        self.emb = nn.Linear(V, C)              # in place of the token embedding: the input already is a vector
-        if config.lookback:
-            self.look = nn.Linear(len(config.lookback) * V, C, bias=False)
-            self.register_buffer('lags', torch.tensor(config.lookback), persistent=False)
+        self.config, C = config, config.n_embd
+        self.emb = nn.Linear(config.n_units, C)         # in place of the token embedding: the input already is a vector
+        self.look = Lookback(config) if config.lookback else None
         block = {'rwkv': RWKVBlock, 'lstm': LSTMBlock}[config.arch]
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(C)
@@ -297,7 +346,9 @@ class Model(nn.Module):
     def init_weights(self):
         for name, p in self.named_parameters():
             leaf = name.split('.', 2)[-1]               # 'blocks.0.att.key.weight' -> 'att.key.weight'
-            if leaf in ('att.key.weight', 'att.receptance.weight', 'att.output.weight',
+            if name in ('look.lag.weight', 'look.recall.weight'):
+                p.zero_()                               # all lags alike, and nothing of them, at first
+            elif leaf in ('att.key.weight', 'att.receptance.weight', 'att.output.weight',
                         'ffn.receptance.weight', 'ffn.value.weight'):
                 p.zero_()                               # RWKV-v4neo: every block starts as the identity
             elif leaf.startswith('lstm.weight'):
@@ -313,27 +364,20 @@ class Model(nn.Module):
     def forward(self, frames, state=None):
         """
         frames (B, T, V) binary, T >= 1 -> what the head needs for the frame after each, (B, T, C or V), and the state.
-        state: (the last max(lookback) - 1 frames (B, .., V) or None, a list with the state of every block); gradients
-        do not flow through it.
+        state: (the last lookback frames (B, W, V) or None, a list with the state of every block); gradients do not flow
+        through it.
         """
         past, recurrent = (None, None) if state is None else state
         x = self.emb(frames.to(self.emb.weight.dtype))
-        if self.config.lookback:
-            H = max(self.config.lookback) - 1           # frames before this call that the longest lag can reach
-            if past is None:
-                past = frames.new_zeros(frames.shape[0], H, frames.shape[2])
-            seen = torch.cat((past, frames), dim=1)     # (B, H + T, V); the frame after input t stands at H + t + 1
-            now = H + torch.arange(frames.shape[1], device=frames.device)
-            then = now.unsqueeze(1) + 1 - self.lags                 # (T, lags)
-            tune = seen[..., -1].cumsum(1)                          # which tune a frame is in; each begins with a boundary
-            same = tune[:, then] == tune[:, now].unsqueeze(2)       # (B, T, lags): a tune does not look into another one
-            old = seen[:, then] * same.unsqueeze(3)                 # (B, T, lags, V)
-            x = x + self.look(old.flatten(2).to(x.dtype))
-            past = seen[:, seen.shape[1] - H:]
+        if self.look:
+            same, past, view = self.look.read(frames, past)
+            x = x + same
         x = self.drop(self.blocks[0].ln0(x))
         recurrent = list(recurrent or [None] * len(self.blocks))
         for i, block in enumerate(self.blocks):
             x, recurrent[i] = block(x, recurrent[i])
+        if self.look:
+            x = x + self.look(x, view)
         return self.head(self.drop(self.ln_out(x))), (past, recurrent)
 
     def nll(self, out, targets):
@@ -352,7 +396,9 @@ class Model(nn.Module):
         frames, or after `length` frames.
         """
         self.eval()
-        out, state = self(prompt)
+        state = None
+        for piece in prompt.split(1024, dim=1):
+            out, state = self(piece, state)
         frames = torch.empty(prompt.shape[0], length, prompt.shape[2], dtype=torch.uint8, device=prompt.device)
         ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
         ends = torch.full((prompt.shape[0],), length, device=prompt.device)
@@ -383,7 +429,7 @@ class Model(nn.Module):
         return [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
 
 
-VERSION = 1         # of the layout of a checkpoint
+VERSION = 2         # of the layout of a checkpoint
 
 
 class CheckpointError(ValueError):

@@ -678,7 +678,7 @@ def _sound_files(folder):
         packed.append((folder / 'a.zip').read_bytes())
     checkpoints = []
     for arch, head in (('rwkv', 'chord'), ('lstm', 'bernoulli')):
-        config = Config(9, arch, head, n_layer=1, n_embd=8, lookback=(2,))
+        config = Config(9, arch, head, n_layer=1, n_embd=8, lookback=2)
         meta = dict(data='a', source='b', steps_per_beat=4, onsets=True, common_key=False, tempo=120.0)
         torch.save(dict(version=VERSION, config=asdict(config), meta=meta, step=1, valid=1.0, model=Model(config).state_dict()), folder / 'a.pt')
         checkpoints.append((folder / 'a.pt').read_bytes())
@@ -1194,7 +1194,7 @@ def randomise(module, std=0.5):
     return module
 
 
-def random_model(arch='rwkv', head='chord', lookback=(), dtype=torch.float64, **sizes):
+def random_model(arch='rwkv', head='chord', lookback=0, dtype=torch.float64, **sizes):
     torch.manual_seed(3)
     config = dict(n_units=7, arch=arch, head=head, n_layer=2, n_embd=8, lookback=lookback) | sizes
     return randomise(Model(Config(**config))).to(dtype).eval()
@@ -1209,7 +1209,7 @@ def arrays(module):
 
 
 @every_arch_and_head
-@pytest.mark.parametrize('lookback', [(), (1,), (9, 1, 4)], ids=str)
+@pytest.mark.parametrize('lookback', [0, 1, 9])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
 def test_model_in_pieces_equals_all_at_once(arch, head, lookback, dtype):
     model, frames = random_model(arch, head, lookback, dtype), random_frames(2, 20, 7)
@@ -1228,7 +1228,7 @@ def test_model_in_pieces_equals_all_at_once(arch, head, lookback, dtype):
 
 
 @every_arch_and_head
-@pytest.mark.parametrize('lookback', [(), (1,), (9, 1, 4)], ids=str)
+@pytest.mark.parametrize('lookback', [0, 1, 9])
 def test_model_outputs_depend_on_all_earlier_frames_and_on_no_later_one(arch, head, lookback):
     T, model = 12, random_model(arch, head, lookback)
     frames = random_frames(1, T, 7).repeat(T + 1, 1, 1)
@@ -1240,27 +1240,32 @@ def test_model_outputs_depend_on_all_earlier_frames_and_on_no_later_one(arch, he
     assert change[s.unsqueeze(1) <= s].min() > 1e-7  # far above rounding, if faint after 11 frames
 
 
-def test_model_lookback_reads_the_frame_that_stood_lag_frames_before_the_next():
-    # as initialised, the RWKV blocks are the identity, so without the embedding only looking back is left
-    lags, T, V, C = (5, 1, 3), 9, 4, 6
-    model = Model(Config(V, 'rwkv', 'bernoulli', 1, C, lookback=lags)).double().eval()
+@pytest.mark.parametrize('W', [1, 3, 6])
+def test_model_lookback_against_its_equations(W):
+    # as initialised, the RWKV blocks are the identity, so all that is left are the embedding and looking back
+    T, V, C = 12, 4, 6
+    model = Model(Config(V, 'rwkv', 'bernoulli', 1, C, lookback=W)).double().eval()
     frames = random_frames(2, T, V)
     frames[0, :, -1] = 0  # one row is all one tune, the other has several
-    with torch.no_grad():
-        model.emb.weight.zero_()
-        model.look.weight.normal_()
-    look, norm = model.look.weight, torch.nn.functional.layer_norm
-    x = model.emb.bias.repeat(2, T, 1)
-    for t in range(T):  # frame t is read, frame t + 1 comes next
-        for j, lag in enumerate(lags):
-            for b in range(2):  # a frame whose last unit is on begins another tune, which does not look behind it
-                if t + 1 - lag >= 0 and not frames[b, t + 2 - lag:t + 1, -1].any():
-                    x[b, t] += frames[b, t + 1 - lag].double() @ look[:, j * V:(j + 1) * V].T
-    expected = model.head(norm(norm(x, (C,)), (C,)))
-    torch.testing.assert_close(model(frames)[0], expected, rtol=0, atol=1e-12)
+    frames[0, 6:9] = frames[0, 3:6]
+    randomise(model.emb), randomise(model.look, std=1)
+    P, softmax = arrays(model), lambda z: np.exp(z) / np.exp(z).sum()
+    out = np.zeros((2, T, V))
+    for b in range(2):
+        f = np.concatenate((np.zeros((W, V)), frames[b].numpy()))  # frame t stands at W + t, nothing before it
+        def one_tune(i, j): return not f[i + 1:j + 1, -1].any()  # none of them begins another tune
+        for t in range(W, W + T):
+            same = np.array([one_tune(t - l, t) and (f[t] == f[t - l]).all() for l in range(1, W + 1)])
+            x = P['emb.weight'] @ f[t] + P['emb.bias'] + P['look.same.weight'] @ same
+            x = layer_norm(x, P, 'blocks.0.ln0')
+            p = softmax(P['look.lag.weight'] @ layer_norm(x, P, 'look.ln') + P['look.lag.bias'])[1:]
+            recalled = sum(p[l - 1] * f[t + 1 - l] for l in range(1, W + 1) if one_tune(t + 1 - l, t))
+            x = layer_norm(x + P['look.recall.weight'] @ recalled, P, 'ln_out')
+            out[b, t - W] = P['head.out.weight'] @ x + P['head.out.bias']
+    np.testing.assert_allclose(model(frames)[0].detach(), out, rtol=0, atol=1e-12)
     # a window cut from the middle of a tune comes with the frames before it
-    out, _ = model(frames[:, 4:], (frames[:, :4], None))
-    torch.testing.assert_close(out, expected[:, 4:], rtol=0, atol=1e-12)
+    later, _ = model(frames[:, 6:], (frames[:, 6 - W:6], None))
+    np.testing.assert_allclose(later.detach(), out[:, 6:], rtol=0, atol=1e-12)
 
 
 def sigmoid(x):
@@ -1561,7 +1566,7 @@ def test_model_dropout_acts_in_training_only(arch):
 
 @every_arch_and_head
 def test_model_weight_decay_is_for_matrices_only(arch, head):
-    model = random_model(arch, head, lookback=(2, 3))
+    model = random_model(arch, head, lookback=3)
     decays, free = model.parameter_groups(0.1)
     assert decays['weight_decay'] == 0.1 and free['weight_decay'] == 0
     name_of = {id(p): name for name, p in model.named_parameters()}
@@ -1573,7 +1578,7 @@ def test_model_weight_decay_is_for_matrices_only(arch, head):
 @every_arch_and_head
 def test_model_gradients_reach_every_parameter(arch, head):
     torch.manual_seed(0)
-    model = Model(Config(7, arch, head, n_layer=2, n_embd=8, dropout=0, lookback=(2, 5)))
+    model = Model(Config(7, arch, head, n_layer=2, n_embd=8, dropout=0, lookback=5))
     optimizer, frames = torch.optim.AdamW(model.parameter_groups(0.1), 1e-2), random_frames(4, 12, 7)
     for _ in range(3):      # RWKV starts with zero matrices one behind another: gradient 3 reaches them all
         optimizer.step()
@@ -1587,7 +1592,7 @@ def test_model_gradients_reach_every_parameter(arch, head):
 @pytest.mark.parametrize('kind, n_layer', [('cpu', 3), ('cuda', 6)])
 def test_model_default_sizes_are_within_5_percent(V, steps_per_beat, kind, n_layer, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['train.py'])
-    lookback = tuple(round(lag * steps_per_beat) for lag in train.parse_args().lookback)
+    lookback = round(train.parse_args().lookback * steps_per_beat)
     models = [Model(Config(V, arch, 'chord', n_layer, train.SIZES[arch, kind], lookback=lookback))
               for arch in ('rwkv', 'lstm')]
     rwkv, lstm = (sum(p.numel() for p in model.parameters()) for model in models)
@@ -1668,7 +1673,7 @@ def test_checkpoint_round_trip(trained):
 def test_evaluate_counts_frames_2_to_T_of_each_song_from_fresh_state():
     songs = [data.Song(f'{n}', np.array([(40, 0, n), (44, 1, n)], dtype=float)) for n in (2, 3, 7)]
     dataset = data.Dataset({split: songs for split in data.SPLITS}, 'three songs')
-    model = Model(Config(dataset.V, n_layer=1, n_embd=8, lookback=(2, 5))).eval()
+    model = Model(Config(dataset.V, n_layer=1, n_embd=8, lookback=5)).eval()
     nats, count, frames = train.evaluate(model, dataset, 'test', batch_size=2)
     total = 0.0
     for song in songs:
@@ -1800,7 +1805,7 @@ BAD_OPTIONS = [
     ('train', ['--onsets=maybe'], '--onsets'),
     ('train', ['--n_embd=0'], '--n_embd'),
     ('train', ['--dropout=1'], '--dropout'),
-    ('train', ['--lookback=3,x'], '--lookback'),
+    ('train', ['--lookback=x'], '--lookback'),
     ('train', ['--batch_size=2.5'], '--batch_size'),
     ('train', ['--max_iters=0', '--max_minutes=0'], '--max_iters'),
     ('train', ['--device=cuda:99'], '--device'),
@@ -2056,7 +2061,7 @@ BAD_CHECKPOINTS = {
     'more layers than there are': (lambda c: c['config'].update(n_layer=90_000), '90000 layers'),
     'absurd channels': (lambda c: c['config'].update(n_embd=65_536), '65536'),
     'fractional channels': (lambda c: c['config'].update(n_embd=16.0), 'n_embd=16.0'),
-    'absurd lookback': (lambda c: c['config'].update(lookback=(10 ** 12,)), 'lookback'),
+    'absurd lookback': (lambda c: c['config'].update(lookback=10 ** 12), 'lookback'),
     'dropout': (lambda c: c['config'].update(dropout=math.nan), 'dropout'),
     'key left out': (lambda c: c['model'].pop('emb.bias'), 'emb.bias'),
     'key too many': (lambda c: c['model'].update(evil=torch.zeros(3)), 'evil'),

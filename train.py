@@ -57,10 +57,6 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def beats(text):
-    return tuple(number(float, 1e-3, 1000)(lag) for lag in text.split(',') if lag)
-
-
 def parse_args(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog='example: python train.py --arch=lstm --data=my_tunes.zip --max_minutes=30')
@@ -86,7 +82,7 @@ def parse_args(words=None):
           ('n_layer', None, number(int, 1, 1000), 'layers (default: 3 on a CPU, 6 on a GPU)'),
           ('n_embd', None, number(int, 1, 65536), 'channels (default: 192 for rwkv and 240 for lstm, equal in parameters; about twice that on a GPU)'),
           ('dropout', 0.1, number(float, 0, 0.99), 'share of channels dropped'),
-          ('lookback', '3,4,6,8,12,16,24,32,48,64', beats, 'also read the frames so many beats back, a comma between; "" for none'))
+          ('lookback', 64.0, number(float, 0, 1000), 'beats of the tune that the model can look at again; 0 for none'))
     group('training',
           ('batch_size', None, number(int, 1), 'windows in a step, all processes together (default: 8 on a CPU, 32 on a GPU)'),
           ('gradient_accumulation_steps', 1, number(int, 1), 'pieces a process takes its windows in, to save memory'),
@@ -99,7 +95,7 @@ def parse_args(words=None):
           ('weight_decay', 0.1, number(float, 0), 'on matrices only'),
           ('beta2', 0.99, number(float, 0, 0.999999), 'second moment decay of AdamW'),
           ('grad_clip', 1.0, number(float, 0), 'longest gradient; 0: no limit'),
-          ('eval_interval', 500, number(int, 1), 'steps between validations'),
+          ('eval_interval', 1000, number(int, 1), 'steps between validations'),
           ('log_interval', 50, number(int, 1), 'steps between progress lines'))
     group('machine',
           ('device', None, str, 'cpu, cuda, cuda:1, ... (default: cuda where there is one)'),
@@ -113,8 +109,7 @@ def parse_args(words=None):
 
 def as_words(options):
     """Options as the words of a command line, for the run that resumes this one."""
-    return [f'--{name}={",".join(map(str, value)) if isinstance(value, tuple) else value}'
-            for name, value in options.items() if value is not None and name not in ('out_dir', 'resume')]
+    return [f'--{name}={value}' for name, value in options.items() if value is not None and name not in ('out_dir', 'resume')]
 
 
 def exit_with(message, status=2):
@@ -196,12 +191,15 @@ def evaluate(model, dataset, split, batch_size=16):
     total, songs, frames = 0.0, 0, 0
     for x, lengths in islice(dataset.whole_songs(split, batch_size), rank, None, world):
         x, lengths = x.to(device), lengths.to(device)
-        out, _ = model(x[:, :-1])                               # boundary, frame 1, .., frame T-1
-        nats = model.nll(out, x[:, 1:])                         # of frame 1, .., frame T
-        t = torch.arange(1, x.shape[1], device=device)
-        counted = (t >= 2) & (t <= lengths.unsqueeze(1))        # frame 1 has no past; past T is padding
-        total += nats[counted].double().sum().item()
-        songs, frames = songs + len(x), frames + int(counted.sum())
+        songs, state = songs + len(x), None
+        for start in range(0, x.shape[1] - 1, 512):             # in pieces, so that a long song needs no more memory
+            piece = x[:, start:start + 513]
+            out, state = model(piece[:, :-1], state)            # boundary, frame 1, .., frame T-1
+            nats = model.nll(out, piece[:, 1:])                 # of frame 1, .., frame T
+            t = torch.arange(start + 1, start + piece.shape[1], device=device)
+            counted = (t >= 2) & (t <= lengths.unsqueeze(1))    # frame 1 has no past; past T is padding
+            total += nats[counted].double().sum().item()
+            frames += int(counted.sum())
     model.train(training)
     total, songs, frames = together([total, songs, frames], device)
     songs, frames = int(songs), int(frames)
@@ -305,8 +303,8 @@ def fit(args, saved=None):
     dataset = data.load(args.data, args.steps_per_beat, args.onsets, args.common_key, say)
     if world > 1 and not rank:
         dist.barrier()
-    lookback = tuple(sorted({max(1, round(lag * args.steps_per_beat)) for lag in args.lookback}))
-    config = Config(dataset.V, args.arch, args.head, args.n_layer, args.n_embd, args.dropout, lookback)
+    history = round(args.lookback * args.steps_per_beat)        # frames before a window that the model can look at
+    config = Config(dataset.V, args.arch, args.head, args.n_layer, args.n_embd, args.dropout, history)
     model = Model(config).to(device)
     dataset.batch('train', 1, args.block_size, 0, np.random.default_rng())     # complains if there is too little music
     try:
@@ -348,7 +346,6 @@ def fit(args, saved=None):
     if world > 1:       # averages the gradients of all processes, each of which takes its own rows of a batch
         loss_of = nn.parallel.DistributedDataParallel(loss_of, [device] if kind == 'cuda' else None)
     mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    history = max(lookback, default=1) - 1          # frames before a window that its lookback can reach
 
     def progress():
         """Share of the run that is done, by steps or by the clock; two validations are kept in reserve for the end."""
