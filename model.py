@@ -301,8 +301,9 @@ class ChordHead(nn.Module):
         first = torch.ones_like(frame, dtype=torch.bool)
         first[1:] = frame[1:] != frame[:-1]
         last = torch.where(first, -1, choice.roll(1))
-        chosen = frames[frame] * (torch.arange(V, device=h.device) < choice.unsqueeze(-1))   # (M, V)
-        loss = F.cross_entropy(self.logits(h[frame], chosen, last), choice, reduction='none')
+        # index_select, since the backward of h[frame] would take three times as long
+        chosen = frames.index_select(0, frame) * (torch.arange(V, device=h.device) < choice.unsqueeze(-1))   # (M, V)
+        loss = F.cross_entropy(self.logits(h.index_select(0, frame), chosen, last), choice, reduction='none')
         return loss.new_zeros(frames.shape[0]).index_add(0, frame, loss).view(shape)
 
     def sample(self, h, temperature=1.0, top_p=1.0, generator=None, may_end=True):

@@ -81,7 +81,7 @@ def parse_args(words=None):
           ('head', 'chord', dict(choices=('chord', 'bernoulli')), 'the distribution over the next frame'),
           ('n_layer', None, number(int, 1, 1000), 'layers (default: 3 on a CPU, 6 on a GPU)'),
           ('n_embd', None, number(int, 1, 65536), 'channels (default: 192 for rwkv and 240 for lstm, equal in parameters; about twice that on a GPU)'),
-          ('dropout', 0.1, number(float, 0, 0.99), 'share of channels dropped'),
+          ('dropout', 0.2, number(float, 0, 0.99), 'share of channels dropped'),
           ('lookback', 64.0, number(float, 0, 1000), 'beats of the tune that the model can look at again; 0 for none'))
     group('training',
           ('batch_size', None, number(int, 1), 'windows in a step, all processes together (default: 8 on a CPU, 32 on a GPU)'),
