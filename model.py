@@ -192,51 +192,54 @@ class Lookback(nn.Module):
     Tunes repeat their bars and phrases, and no recurrent state of fixed size holds a phrase note by note. So the model
     keeps the last W frames of the tune itself, after an idea of the Lookback RNN (Waite, Magenta 2016), and with them
 
-        same_t[l] = 1 if frame t equals frame t - l, else 0, for the lags l = 1..W       what the blocks read, beside frame t
-        p_t = softmax(W_lag LN(h_t) + b_lag)                           over the lags, and one more for "nothing like it"
-        recall(h)_t = W_recall sum_l p_t[l] frame_{t+1-l}              what came next then; it is added to h_t for the head
+        run_t[l] = run_{t-1}[l] + 1 if frame t equals frame t - l, else 0               for the lags l = 1..W
+        p_t = softmax(W_lag LN(h_t) + b_lag + c_lag * ln(1 + run_t))    over the lags, and one more for "nothing like it"
+        recall(h)_t = W_recall sum_l p_t[l] frame_{t+1-l}               what came next then; it is added to h_t for the head
 
-    where h is what the blocks make of it. It is an attention that asks "how long ago?" instead of "where is something
-    like this?": the recurrent network learns from `same` which lag is being repeated at present. No lag reaches past the
-    boundary into another tune.
+    where h is what the blocks make of frame t and ln(1 + run_t). It is an attention that asks "how long ago?" instead of
+    "where is something like this?", and starts out from: the longer a lag has held, the likelier it holds once more.
+    No lag reaches past the boundary into another tune.
     """
 
     def __init__(self, config):
         super().__init__()
         C, V, self.W = config.n_embd, config.n_units, config.lookback
-        self.same = nn.Linear(self.W, C, bias=False)
+        self.run = nn.Linear(self.W, C, bias=False)
         self.ln = nn.LayerNorm(C)
         self.lag = nn.Linear(C, self.W + 1)
+        self.trust = nn.Parameter(torch.ones(self.W))                       # c_lag
         self.recall = nn.Linear(V, C, bias=False)
 
-    def read(self, frames, past):
+    def read(self, frames, state):
         """
-        frames (B, T, V), past (B, W, V) the frames before them, or None -> x (B, T, C) for the first block; the W frames
-        before the next call; and for forward the frames seen (B, W + T, V), which of them each lag means (T, W), and
-        whether those are of the same tune (B, T, W).
+        frames (B, T, V); state: the frames before them (B, W, V), and run (B, W) after these or None for zeros
+        -> x (B, T, C) for the first block, the state after the frames, and the view of them that forward needs.
         """
-        W, dtype = self.W, self.same.weight.dtype
-        if past is None:
-            past = frames.new_zeros(frames.shape[0], W, frames.shape[2])
-        seen = torch.cat((past, frames), dim=1)                             # frame t stands at W + t
-        then = W + 1 + torch.arange(frames.shape[1], device=frames.device).unsqueeze(1) - torch.arange(
-            1, W + 1, device=frames.device)                                 # (T, W): l frames before frame t + 1
-        tune = seen[..., -1].cumsum(1)                                      # which tune a frame is in; each begins with a boundary
-        within = tune[:, then] == tune[:, W:].unsqueeze(2)
-        # frames are equal if they have as many units in common as each has on: a product for all pairs at once
-        past, seen = seen[:, -W:], seen.to(dtype)
+        W, dtype, (past, before) = self.W, self.run.weight.dtype, state
+        t = torch.arange(frames.shape[1], device=frames.device).unsqueeze(1)            # (T, 1)
+        then = t + W + 1 - torch.arange(1, W + 1, device=frames.device)     # (T, W): where frame t + 1 - l stands in seen
+        seen = torch.cat((past, frames), dim=1)                             # (B, W + T, V): frame t stands at W + t
+        past, seen, tune = seen[:, -W:], seen.to(dtype), seen[..., -1].cumsum(1)        # a boundary begins the next tune
+        # frames are equal if they have as many units in common as each has on: a product compares all pairs at once
         with torch.autocast(frames.device.type, enabled=False):             # bfloat16 counts to 256 only
             common = seen[:, W:] @ seen.mT                                  # (B, T, W + T)
         on = seen.sum(-1)
-        equal = (common == on[:, W:].unsqueeze(2)) & (common == on.unsqueeze(1))
-        same = equal.gather(2, (then - 1).expand_as(within)) & (tune[:, then - 1] == tune[:, W:].unsqueeze(2))
-        return self.same(same.to(dtype)), past, (seen, then, within)
+        equal = (common == on[:, W:].unsqueeze(2)) & (common == on.unsqueeze(1)) & (tune[:, W:].unsqueeze(2) == tune.unsqueeze(1))
+        equal = equal.gather(2, (then - 1).expand(len(seen), -1, -1))       # (B, T, W)
+        other = torch.where(equal, -1, t).cummax(1).values                  # when the lag last failed; -1: not in these frames
+        run = t - other
+        if before is not None:
+            run = run + (other < 0) * before.unsqueeze(1)
+        within = tune[:, then] == tune[:, W:].unsqueeze(2)                  # whether frame t + 1 - l is of the same tune
+        trust = run.to(dtype).log1p()
+        return self.run(trust), (past, run[:, -1]), (seen, then, within, trust)
 
     def forward(self, h, view):
-        seen, then, within = view
+        seen, then, within, trust = view
         scores = self.lag(self.ln(h))                                       # (B, T, 1 + W)
+        scores = scores + F.pad(self.trust * trust, (1, 0))
         p = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))[..., 1:] * within
-        weights = p.new_zeros(*p.shape[:2], seen.shape[1]).scatter(2, then.expand_as(within), p)
+        weights = p.new_zeros(*p.shape[:2], seen.shape[1]).scatter(2, then.expand_as(p), p)
         return self.recall(weights.to(seen.dtype) @ seen)
 
 
@@ -365,21 +368,22 @@ class Model(nn.Module):
     def forward(self, frames, state=None):
         """
         frames (B, T, V) binary, T >= 1 -> what the head needs for the frame after each, (B, T, C or V), and the state.
-        state: (the last lookback frames (B, W, V) or None, a list with the state of every block); gradients do not flow
-        through it.
+        state: (that of Lookback, a list with the state of every block); gradients do not flow through it. A window cut
+        from the middle of a tune starts with ((the W frames before it, None), None).
         """
-        past, recurrent = (None, None) if state is None else state
+        looked, recurrent = state or (None, None)
         x = self.emb(frames.to(self.emb.weight.dtype))
         if self.look:
-            same, past, view = self.look.read(frames, past)
-            x = x + same
+            looked = looked or (frames.new_zeros(frames.shape[0], self.look.W, frames.shape[2]), None)
+            run, looked, view = self.look.read(frames, looked)
+            x = x + run
         x = self.drop(self.blocks[0].ln0(x))
         recurrent = list(recurrent or [None] * len(self.blocks))
         for i, block in enumerate(self.blocks):
             x, recurrent[i] = block(x, recurrent[i])
         if self.look:
             x = x + self.look(x, view)
-        return self.head(self.drop(self.ln_out(x))), (past, recurrent)
+        return self.head(self.drop(self.ln_out(x))), (looked, recurrent)
 
     def nll(self, out, targets):
         """-ln p(targets | frames before), in nats: out from forward (B, T, ..), targets (B, T, V) -> (B, T)."""

@@ -1254,18 +1254,21 @@ def test_model_lookback_against_its_equations(W):
     for b in range(2):
         f = np.concatenate((np.zeros((W, V)), frames[b].numpy()))  # frame t stands at W + t, nothing before it
         def one_tune(i, j): return not f[i + 1:j + 1, -1].any()  # none of them begins another tune
+        run = np.zeros(W)
         for t in range(W, W + T):
-            same = np.array([one_tune(t - l, t) and (f[t] == f[t - l]).all() for l in range(1, W + 1)])
-            x = P['emb.weight'] @ f[t] + P['emb.bias'] + P['look.same.weight'] @ same
+            run = [run[l - 1] + 1 if one_tune(t - l, t) and (f[t] == f[t - l]).all() else 0 for l in range(1, W + 1)]
+            x = P['emb.weight'] @ f[t] + P['emb.bias'] + P['look.run.weight'] @ np.log1p(run)
             x = layer_norm(x, P, 'blocks.0.ln0')
-            p = softmax(P['look.lag.weight'] @ layer_norm(x, P, 'look.ln') + P['look.lag.bias'])[1:]
+            scores = P['look.lag.weight'] @ layer_norm(x, P, 'look.ln') + P['look.lag.bias']
+            p = softmax(scores + np.append(0, P['look.trust'] * np.log1p(run)))[1:]
             recalled = sum(p[l - 1] * f[t + 1 - l] for l in range(1, W + 1) if one_tune(t + 1 - l, t))
             x = layer_norm(x + P['look.recall.weight'] @ recalled, P, 'ln_out')
             out[b, t - W] = P['head.out.weight'] @ x + P['head.out.bias']
     np.testing.assert_allclose(model(frames)[0].detach(), out, rtol=0, atol=1e-12)
-    # a window cut from the middle of a tune comes with the frames before it
-    later, _ = model(frames[:, 6:], (frames[:, 6 - W:6], None))
-    np.testing.assert_allclose(later.detach(), out[:, 6:], rtol=0, atol=1e-12)
+    # a window cut from the middle of a tune comes with the frames before it, and counts runs anew
+    frames[:, 5] = 1 - frames[:, 6]
+    later, _ = model(frames[:, 6:], ((frames[:, 6 - W:6], None), None))
+    np.testing.assert_allclose(later.detach(), model(frames)[0].detach()[:, 6:], rtol=0, atol=1e-12)
 
 
 def sigmoid(x):

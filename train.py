@@ -173,7 +173,7 @@ class Loss(nn.Module):
         self.run = torch.compile(model.forward) if compiled else model.forward
 
     def forward(self, x, past):
-        out, _ = self.run(x[:, :-1], (past, None))
+        out, _ = self.run(x[:, :-1], ((past, None), None))
         return self.model.nll(out, x[:, 1:]).mean()
 
 
