@@ -1618,6 +1618,14 @@ def run(script, *options, cwd=None):
     return done
 
 
+def test_model_benchmark_compares_models_of_equal_size():
+    out = run('model', '--steps=2').stdout
+    rwkv, lstm = (int(re.search(rf'{arch}: ([\d,]+) parameters', out)[1].replace(',', '')) for arch in ('rwkv', 'lstm'))
+    rates = re.findall(r'(?m)^(rwkv|lstm|rwkv / lstm): ([\d,.]+) \(half', out)
+    assert abs(lstm / rwkv - 1) < 0.05 and [name for name, _ in rates] == ['rwkv', 'lstm', 'rwkv / lstm'], out
+    assert all(float(rate.replace(',', '')) > 0 for _, rate in rates)
+
+
 def scale_book(folder, songs=20):
     """A folder of MIDI files, each the same little round: scales over held triads, 16 beats."""
     folder.mkdir()
