@@ -39,12 +39,13 @@ class Config:
     head: str = 'chord'         # 'chord' or 'bernoulli'
     n_layer: int = 3
     n_embd: int = 192           # C
-    dropout: float = 0.1
+    dropout: float = 0.2
     lookback: int = 0           # W: the model also looks at the last W frames of the tune; 0: it does not
 
     def __post_init__(self):
-        sizes = self.n_units, self.n_layer, self.n_embd, self.lookback + 1
-        if not (all(type(n) is int and 1 <= n <= 100_000 for n in sizes) and 0 <= self.dropout < 1
+        sizes = self.n_units, self.n_layer, self.n_embd
+        if not (all(type(n) is int and n <= 100_000 for n in (*sizes, self.lookback)) and min(sizes) >= 1
+                and self.lookback >= 0 and 0 <= self.dropout < 1
                 and self.arch in ('rwkv', 'lstm') and self.head in ('chord', 'bernoulli')):
             raise ValueError(f'there is no such model: {self}')
 
@@ -192,16 +193,17 @@ class LSTMBlock(nn.Module):
 
 class Lookback(nn.Module):
     """
-    Tunes repeat their bars and phrases, and no recurrent state of fixed size holds a phrase note by note. So the model
-    keeps the last W frames of the tune itself, after an idea of the Lookback RNN (Waite, Magenta 2016), and with them
+    Tunes repeat their bars and phrases, and a vector of C numbers does not hold a phrase note by note. So the model keeps
+    the last W frames of the tune as they are, after an idea of the Lookback RNN (Waite, Magenta 2016), and with them
 
         run_t[l] = run_{t-1}[l] + 1 if frame t equals frame t - l, else 0               for the lags l = 1..W
-        p_t = softmax(W_lag LN(h_t) + b_lag + c_lag * ln(1 + run_t))    over the lags, and one more for "nothing like it"
-        recall(h)_t = W_recall sum_l p_t[l] frame_{t+1-l}               what came next then; it is added to h_t for the head
+        x_t = W_emb frame_t + b_emb + A ln(1 + run_t)                   what the blocks get; h_t is what they make of it
+        p_t = softmax(D LN(h_t) + b + c * ln(1 + run_t))                over the lags, and one more for "nothing like it"
+        recall_t = R sum_l p_t[l] frame_{t+1-l}                         what came next then; it is added to h_t for the head
 
-    where h is what the blocks make of frame t and ln(1 + run_t). It is an attention that asks "how long ago?" instead of
-    "where is something like this?", and starts out from: the longer a lag has held, the likelier it holds once more.
-    No lag reaches past the boundary into another tune.
+    (A run, D and b lag, c trust, R recall in the code). It is an attention that asks "how long ago?" instead of "where is
+    something like this?", and starts out from: the longer a lag has held, the likelier it holds once more. A frame that is
+    not of the same tune, before the boundary, equals no other and is not recalled. Training counts runs anew in each window.
     """
 
     def __init__(self, config):
@@ -210,13 +212,14 @@ class Lookback(nn.Module):
         self.run = nn.Linear(self.W, C, bias=False)
         self.ln = nn.LayerNorm(C)
         self.lag = nn.Linear(C, self.W + 1)
-        self.trust = nn.Parameter(torch.ones(self.W))                       # c_lag
+        self.trust = nn.Parameter(torch.ones(self.W))
         self.recall = nn.Linear(V, C, bias=False)
 
     def read(self, frames, state):
         """
         frames (B, T, V); state: the frames before them (B, W, V), and run (B, W) after these or None for zeros
-        -> x (B, T, C) for the first block, the state after the frames, and the view of them that forward needs.
+        -> A ln(1 + run) (B, T, C), the state after the frames, and what forward needs: all frames seen (B, W + T, V), where
+        in them frame t + 1 - l stands (T, W), whether it is of the same tune (B, T, W), and ln(1 + run) (B, T, W).
         """
         W, dtype, (past, before) = self.W, self.run.weight.dtype, state
         t = torch.arange(frames.shape[1], device=frames.device).unsqueeze(1)            # (T, 1)
@@ -234,13 +237,14 @@ class Lookback(nn.Module):
         if before is not None:
             run = run + (other < 0) * before.unsqueeze(1)
         within = tune[:, then] == tune[:, W:].unsqueeze(2)                  # whether frame t + 1 - l is of the same tune
-        trust = run.to(dtype).log1p()
-        return self.run(trust), (past, run[:, -1]), (seen, then, within, trust)
+        log_run = run.to(dtype).log1p()
+        return self.run(log_run), (past, run[:, -1]), (seen, then, within, log_run)
 
     def forward(self, h, view):
-        seen, then, within, trust = view
+        """h (B, T, C) from the blocks, view from read -> recall (B, T, C)."""
+        seen, then, within, log_run = view
         scores = self.lag(self.ln(h))                                       # (B, T, 1 + W)
-        scores = scores + F.pad(self.trust * trust, (1, 0))
+        scores = scores + F.pad(self.trust * log_run, (1, 0))
         p = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))[..., 1:] * within
         weights = p.new_zeros(*p.shape[:2], seen.shape[1]).scatter(2, then.expand_as(p), p)
         return self.recall(weights.to(seen.dtype) @ seen)
@@ -354,7 +358,7 @@ class Model(nn.Module):
         for name, p in self.named_parameters():
             leaf = name.split('.', 2)[-1]               # 'blocks.0.att.key.weight' -> 'att.key.weight'
             if name in ('look.lag.weight', 'look.recall.weight'):
-                p.zero_()                               # all lags alike, and nothing of them, at first
+                p.zero_()                               # at first the runs alone decide on a lag, and nothing is recalled
             elif leaf in ('att.key.weight', 'att.receptance.weight', 'att.output.weight',
                         'ffn.receptance.weight', 'ffn.value.weight'):
                 p.zero_()                               # RWKV-v4neo: every block starts as the identity
@@ -371,8 +375,8 @@ class Model(nn.Module):
     def forward(self, frames, state=None):
         """
         frames (B, T, V) binary, T >= 1 -> what the head needs for the frame after each, (B, T, C or V), and the state.
-        state: (that of Lookback, a list with the state of every block); gradients do not flow through it. A window cut
-        from the middle of a tune starts with ((the W frames before it, None), None).
+        state: (that of Lookback, a list with the state of every block); gradients do not flow through it. With None the
+        first frame should be a boundary; a window from the middle of a tune has ((the W frames before it, None), None).
         """
         looked, recurrent = state or (None, None)
         x = self.emb(frames.to(self.emb.weight.dtype))
@@ -405,7 +409,7 @@ class Model(nn.Module):
         """
         self.eval()
         state = None
-        for piece in prompt.split(1024, dim=1):
+        for piece in prompt.split(max(1, 4096 // prompt.shape[0]), dim=1):     # looking back takes memory for each
             out, state = self(piece, state)
         frames = torch.empty(prompt.shape[0], length, prompt.shape[2], dtype=torch.uint8, device=prompt.device)
         ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)

@@ -142,7 +142,7 @@ def compose(args):
     if length > data.MAX_FRAMES:
         raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
                         f'{data.MAX_FRAMES // meta["steps_per_beat"]:,} beats or less')
-    if args.num_samples * args.best_of * length > 200 * data.MAX_FRAMES:       # 3.5 GB
+    if args.num_samples * args.best_of * (length + 4 * model.config.lookback) > 200 * data.MAX_FRAMES:       # 3.5 GB
         raise UserError(f'--num_samples={args.num_samples} times --best_of={args.best_of} times --length={args.length:g} is '
                         f'more than {200 * data.MAX_FRAMES:,} frames at once: ask for fewer or shorter tunes')
     out = args.out or args.ckpt.with_suffix('.mid')

@@ -165,7 +165,7 @@ def together(values, device, largest=False):
 
 class Loss(nn.Module):
     """Model and loss in one forward, where DistributedDataParallel finds both: windows (B, T + 1, V) and the frames
-    before them, past (B, H, V) -> mean nats a frame."""
+    before them, past (B, W, V) -> mean nats a frame."""
 
     def __init__(self, model, compiled=False):
         super().__init__()
