@@ -266,7 +266,8 @@ def draw_losses(folder):
 
     Returns its path, or None if no .csv there is such a table. Raises UserError if it cannot be written."""
     runs = [(path.stem, _losses(path)) for path in sorted(Path(folder).glob('*.csv'))]
-    runs = [(name, points) for name, points in runs if len(points)]
+    # the untrained model is so far above that a line from there would be a wall
+    runs = [(name, points[points[:, 0] > 0] if points[-1, 0] > 0 else points) for name, points in runs if len(points)]
     if not runs:
         return None
     colour = {name: i % len(LIGHT) for i, (name, _) in enumerate(runs)}
