@@ -219,26 +219,27 @@ class Lookback(nn.Module):
         """
         frames (B, T, V); state: the frames before them (B, W, V), and run (B, W) after these or None for zeros
         -> A ln(1 + run) (B, T, C), the state after the frames, and what forward needs: all frames seen (B, W + T, V), where
-        in them frame t + 1 - l stands (T, W), whether it is of the same tune (B, T, W), and ln(1 + run) (B, T, W).
+        in them frame t + 1 - l stands (B, T, W), whether it is of the same tune (B, T, W), and ln(1 + run) (B, T, W).
         """
         W, dtype, (past, before) = self.W, self.run.weight.dtype, state
         t = torch.arange(frames.shape[1], device=frames.device).unsqueeze(1)            # (T, 1)
-        then = t + W + 1 - torch.arange(1, W + 1, device=frames.device)     # (T, W): where frame t + 1 - l stands in seen
         seen = torch.cat((past, frames), dim=1)                             # (B, W + T, V): frame t stands at W + t
+        then = t + W + 1 - torch.arange(1, W + 1, device=frames.device)     # where frame t + 1 - l stands
+        then = then.expand(len(seen), -1, -1)                               # (B, T, W)
         past, seen, tune = seen[:, -W:], seen.to(dtype), seen[..., -1].cumsum(1)        # a boundary begins the next tune
+        one_tune = tune[:, W:].unsqueeze(2) == tune.unsqueeze(1)            # (B, T, W + T)
         # frames are equal if they have as many units in common as each has on: a product compares all pairs at once
         with torch.autocast(frames.device.type, enabled=False):             # bfloat16 counts to 256 only
             common = seen[:, W:] @ seen.mT                                  # (B, T, W + T)
         on = seen.sum(-1)
-        equal = (common == on[:, W:].unsqueeze(2)) & (common == on.unsqueeze(1)) & (tune[:, W:].unsqueeze(2) == tune.unsqueeze(1))
-        equal = equal.gather(2, (then - 1).expand(len(seen), -1, -1))       # (B, T, W)
+        equal = (common == on[:, W:].unsqueeze(2)) & (common == on.unsqueeze(1)) & one_tune
+        equal = equal.gather(2, then - 1)                                   # (B, T, W): frame t and frame t - l
         other = torch.where(equal, -1, t).cummax(1).values                  # when the lag last failed; -1: not in these frames
         run = t - other
         if before is not None:
             run = run + (other < 0) * before.unsqueeze(1)
-        within = tune[:, then] == tune[:, W:].unsqueeze(2)                  # whether frame t + 1 - l is of the same tune
         log_run = run.to(dtype).log1p()
-        return self.run(log_run), (past, run[:, -1]), (seen, then, within, log_run)
+        return self.run(log_run), (past, run[:, -1]), (seen, then, one_tune.gather(2, then), log_run)
 
     def forward(self, h, view):
         """h (B, T, C) from the blocks, view from read -> recall (B, T, C)."""
@@ -246,7 +247,7 @@ class Lookback(nn.Module):
         scores = self.lag(self.ln(h))                                       # (B, T, 1 + W)
         scores = scores + F.pad(self.trust * log_run, (1, 0))
         p = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))[..., 1:] * within
-        weights = p.new_zeros(*p.shape[:2], seen.shape[1]).scatter(2, then.expand_as(p), p)
+        weights = p.new_zeros(*p.shape[:2], seen.shape[1]).scatter(2, then, p)
         return self.recall(weights.to(seen.dtype) @ seen)
 
 
@@ -425,14 +426,19 @@ class Model(nn.Module):
         return [tune[:end] for tune, end in zip(frames, ends)]
 
     @torch.no_grad()
+    def nats(self, frames):
+        """-ln p of each frame given those before it, but for the first: (B, T + 1, V) -> (B, T). Read from a fresh state
+        and in pieces, so that long songs need no more memory."""
+        nats, state = [], None
+        for piece, after in zip(frames[:, :-1].split(512, dim=1), frames[:, 1:].split(512, dim=1)):
+            out, state = self(piece, state)
+            nats.append(self.nll(out, after))
+        return torch.cat(nats, dim=1)
+
     def nats_per_frame(self, prompt, tune):
-        """Mean -ln p, in nats, of the frames of tune (T, V) that follow prompt (P, V), P >= 1; read in pieces."""
-        frames, state, total = torch.cat((prompt, tune)).unsqueeze(0), None, 0.0
-        for start in range(0, frames.shape[1] - 1, 1024):
-            piece = frames[:, start:start + 1025]
-            out, state = self(piece[:, :-1], state)
-            total += self.nll(out, piece[:, 1:])[:, max(0, len(prompt) - 1 - start):].double().sum().item()
-        return total / len(tune)
+        """Mean -ln p, in nats, of the frames of tune (T, V) that follow prompt (P, V), P >= 1."""
+        nats = self.nats(torch.cat((prompt, tune)).unsqueeze(0))
+        return nats[:, len(prompt) - 1:].double().sum().item() / len(tune)
 
     def parameter_groups(self, weight_decay):
         """For the optimiser: weight decay on matrices only; biases, gains, decays and mixes go free."""

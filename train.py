@@ -191,15 +191,11 @@ def evaluate(model, dataset, split, batch_size=16):
     total, songs, frames = 0.0, 0, 0
     for x, lengths in islice(dataset.whole_songs(split, batch_size), rank, None, world):
         x, lengths = x.to(device), lengths.to(device)
-        songs, state = songs + len(x), None
-        for start in range(0, x.shape[1] - 1, 512):             # in pieces, so that a long song needs no more memory
-            piece = x[:, start:start + 513]
-            out, state = model(piece[:, :-1], state)            # boundary, frame 1, .., frame T-1
-            nats = model.nll(out, piece[:, 1:])                 # of frame 1, .., frame T
-            t = torch.arange(start + 1, start + piece.shape[1], device=device)
-            counted = (t >= 2) & (t <= lengths.unsqueeze(1))    # frame 1 has no past; past T is padding
-            total += nats[counted].double().sum().item()
-            frames += int(counted.sum())
+        nats = model.nats(x)                                    # of frame 1, .., frame T, after the boundary
+        t = torch.arange(1, x.shape[1], device=device)
+        counted = (t >= 2) & (t <= lengths.unsqueeze(1))        # frame 1 has no past; past T is padding
+        total += nats[counted].double().sum().item()
+        songs, frames = songs + len(x), frames + int(counted.sum())
     model.train(training)
     total, songs, frames = together([total, songs, frames], device)
     songs, frames = int(songs), int(frames)
