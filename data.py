@@ -567,7 +567,8 @@ class Dataset:
 
     def batch(self, split, batch_size, block_size, transpose, rng, history=0):
         """Windows cut at random places of a split's tape, with the `history` frames before each window (empty ones
-        before the tape begins): (B, history + block_size + 1, V) torch.uint8.
+        before the tape begins): (B, history + block_size + 1, V) torch.uint8; and (B,) torch.int64, the place in its tune
+        of the last frame of the history, with 0 for the boundary that the tune begins with.
 
         Each window is moved up or down by a random interval of at most `transpose` semitones that keeps its
         notes on the keyboard. rng: np.random.Generator. Raises UserError if the split is too short for one."""
@@ -576,7 +577,9 @@ class Dataset:
         if length < T:
             raise UserError(f'the {split} songs have {length} frames, too few for --block_size={block_size}: '
                             f'use --block_size={length - 1} or less, or more music')
-        start, T = rng.integers(0, length - T + 1, B) - history, T + history
+        first = rng.integers(0, length - T + 1, B)
+        place = first - 1 - tape.bounds[np.searchsorted(tape.bounds[1:], first - 1, 'right')]
+        start, T = first - history, T + history
         lo, hi = np.searchsorted(tape.reach, start, 'right'), np.searchsorted(tape.on, start + T)
         note, row = _ranges(lo, hi - lo), np.repeat(np.arange(B), hi - lo)
         key = tape.key[note].astype(np.int64)
@@ -588,7 +591,7 @@ class Dataset:
         lo, hi = np.searchsorted(tape.bounds, start), np.searchsorted(tape.bounds, start + T)
         row = np.repeat(np.arange(B), hi - lo)
         frames[row, tape.bounds[_ranges(lo, hi - lo)] - start[row], -1] = 1
-        return torch.from_numpy(frames)
+        return torch.from_numpy(frames), torch.from_numpy(place)
 
     def whole_songs(self, split, batch_size):
         """Every song of a split once, songs of like length together: yields (frames, lengths).

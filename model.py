@@ -39,13 +39,14 @@ class Config:
     head: str = 'chord'         # 'chord' or 'bernoulli'
     n_layer: int = 3
     n_embd: int = 192           # C
-    dropout: float = 0.2
+    dropout: float = 0.3
     lookback: int = 0           # W: the model also looks at the last W frames of the tune; 0: it does not
+    beat: int = 0               # frames in a beat; the model is told where in beat, bar and section it is; 0: it is not
 
     def __post_init__(self):
         sizes = self.n_units, self.n_layer, self.n_embd
-        if not (all(type(n) is int and n <= 100_000 for n in (*sizes, self.lookback)) and min(sizes) >= 1
-                and self.lookback >= 0 and 0 <= self.dropout < 1
+        if not (all(type(n) is int and n <= 100_000 for n in (*sizes, self.lookback, self.beat)) and min(sizes) >= 1
+                and self.lookback >= 0 and self.beat >= 0 and 0 <= self.dropout < 1
                 and self.arch in ('rwkv', 'lstm') and self.head in ('chord', 'bernoulli')):
             raise ValueError(f'there is no such model: {self}')
 
@@ -190,6 +191,33 @@ class LSTMBlock(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+class Clock(nn.Module):
+    """
+    Where in the beat, the bar and the section of the tune a frame stands: hands that turn once in `beats` beats, from the
+    boundary at which the tune begins. With n_t the number of frames since then and `beat` frames in a beat,
+
+        x_t = .. + P (cos(2 pi n_t / (b beat)), sin(2 pi n_t / (b beat)) for b in beats)
+
+    It is the position encoding of the Transformer (Vaswani et al. 2017) with the periods that music has.
+    """
+    beats = (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+    def __init__(self, config):
+        super().__init__()
+        periods = torch.tensor(self.beats) * config.beat
+        self.register_buffer('turns', 1 / periods, persistent=False)        # of each hand, in a frame
+        self.position = nn.Linear(2 * len(self.beats), config.n_embd, bias=False)
+
+    def forward(self, frames, n):
+        """frames (B, T, V); n (B,), that of the frame before them, or None at the start -> P (..) (B, T, C), the last n."""
+        t = torch.arange(frames.shape[1], device=frames.device)
+        start = torch.where(frames[..., -1] > 0, t, -1).cummax(1).values    # the boundary before frame t; -1: not in these
+        n = t - start + (start < 0) * (-1 if n is None else n.unsqueeze(1))             # (B, T)
+        angle = 2 * math.pi * (n.unsqueeze(-1) * self.turns % 1)
+        hands = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        return self.position(hands.to(self.position.weight.dtype)), n[:, -1]
+
 
 class Lookback(nn.Module):
     """
@@ -339,13 +367,14 @@ class ChordHead(nn.Module):
 
 class Model(nn.Module):
     """
-    frames (B, T, V) -> Linear (and lookback) -> LayerNorm -> blocks -> (lookback) -> LayerNorm -> head.
+    frames (B, T, V) -> Linear (and clock, and lookback) -> LayerNorm -> blocks -> (lookback) -> LayerNorm -> head.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config, C = config, config.n_embd
         self.emb = nn.Linear(config.n_units, C)         # in place of the token embedding: the input already is a vector
+        self.clock = Clock(config) if config.beat else None
         self.look = Lookback(config) if config.lookback else None
         block = {'rwkv': RWKVBlock, 'lstm': LSTMBlock}[config.arch]
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
@@ -358,7 +387,7 @@ class Model(nn.Module):
     def init_weights(self):
         for name, p in self.named_parameters():
             leaf = name.split('.', 2)[-1]               # 'blocks.0.att.key.weight' -> 'att.key.weight'
-            if name in ('look.lag.weight', 'look.recall.weight'):
+            if name in ('clock.position.weight', 'look.lag.weight', 'look.recall.weight'):
                 p.zero_()                               # at first the runs alone decide on a lag, and nothing is recalled
             elif leaf in ('att.key.weight', 'att.receptance.weight', 'att.output.weight',
                         'ffn.receptance.weight', 'ffn.value.weight'):
@@ -376,11 +405,15 @@ class Model(nn.Module):
     def forward(self, frames, state=None):
         """
         frames (B, T, V) binary, T >= 1 -> what the head needs for the frame after each, (B, T, C or V), and the state.
-        state: (that of Lookback, a list with the state of every block); gradients do not flow through it. With None the
-        first frame should be a boundary; a window from the middle of a tune has ((the W frames before it, None), None).
+        state: (that of Clock, that of Lookback, a list with the state of every block); gradients do not flow through it.
+        With None the first frame should be a boundary; a window from the middle of a tune has (n, (past, None), None), n
+        (B,) the place in its tune of the frame before the window, with 0 for the boundary, past (B, W, V) the frames before.
         """
-        looked, recurrent = state or (None, None)
+        n, looked, recurrent = state or (None, None, None)
         x = self.emb(frames.to(self.emb.weight.dtype))
+        if self.clock:
+            position, n = self.clock(frames, n)
+            x = x + position
         if self.look:
             looked = looked or (frames.new_zeros(frames.shape[0], self.look.W, frames.shape[2]), None)
             run, looked, view = self.look.read(frames, looked)
@@ -391,7 +424,7 @@ class Model(nn.Module):
             x, recurrent[i] = block(x, recurrent[i])
         if self.look:
             x = x + self.look(x, view)
-        return self.head(self.drop(self.ln_out(x))), (looked, recurrent)
+        return self.head(self.drop(self.ln_out(x))), (n, looked, recurrent)
 
     def nll(self, out, targets):
         """-ln p(targets | frames before), in nats: out from forward (B, T, ..), targets (B, T, V) -> (B, T)."""
@@ -440,11 +473,19 @@ class Model(nn.Module):
         nats = self.nats(torch.cat((prompt, tune)).unsqueeze(0))
         return nats[:, len(prompt) - 1:].double().sum().item() / len(tune)
 
-    def parameter_groups(self, weight_decay):
-        """For the optimiser: weight decay on matrices only; biases, gains, decays and mixes go free."""
-        matrices = [p for p in self.parameters() if p.dim() == 2]
-        vectors = [p for p in self.parameters() if p.dim() != 2]
-        return [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
+    def optimizers(self, name, lr, weight_decay, beta2=0.99):
+        """
+        A list of optimisers that share the parameters out. 'adamw' takes all. With 'muon' (Jordan et al. 2024, torch.optim
+        from torch 2.9 on) the matrices of the blocks, RWKV's and LSTM's alike, move by the orthogonal matrix that is
+        nearest to their momentum, so that all directions learn alike, and AdamW takes the rest. It works in bfloat16.
+        Weight decay is for matrices only: biases, gains, decays and mixes go free.
+        """
+        inner = [p for p in self.blocks.parameters() if p.dim() == 2] if name == 'muon' else []
+        outer = [p for p in self.parameters() if not any(p is q for q in inner)]
+        groups = [{'params': [p for p in outer if p.dim() == 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in outer if p.dim() != 2], 'weight_decay': 0.0}]
+        adamw = torch.optim.AdamW(groups, lr, betas=(0.9, beta2), fused=True)
+        return [adamw, torch.optim.Muon(inner, lr, weight_decay=weight_decay)] if inner else [adamw]
 
 
 VERSION = 2         # of the layout of a checkpoint
@@ -512,26 +553,29 @@ def main():
     parser.add_argument('--device', default='cpu', help='where to run')
     parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'], help='of the matrix products')
     parser.add_argument('--head', default='chord', choices=['chord', 'bernoulli'], help='of both models')
+    parser.add_argument('--optimizer', default='adamw', choices=['adamw', 'muon'], help='of both models')
     parser.add_argument('--steps', type=int, default=100, help='of each')
     args = parser.parse_args()
     V, W, B, T = 177, 256, 8, 256
     models, seconds = {}, {}
     for arch, C in ('rwkv', 192), ('lstm', 240):
-        model = Model(Config(V, arch, args.head, 3, C, lookback=W)).to(args.device)
-        models[arch] = model, torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        model = Model(Config(V, arch, args.head, 3, C, lookback=W, beat=4)).to(args.device)
+        models[arch] = model, model.optimizers(args.optimizer, 1e-3, 0.1)
         print(f'{arch}: {sum(p.numel() for p in model.parameters()):,} parameters')
     for step in range(args.steps + 5):
         frames = (torch.rand(B, W + T + 1, V, device=args.device) < 4 / V).to(torch.uint8)
         frames[..., -1] = 0
-        for arch, (model, optimizer) in models.items():
+        n = torch.zeros(B, dtype=torch.long, device=args.device)
+        for arch, (model, optimizers) in models.items():
             start = time.perf_counter()
             with torch.autocast(args.device, getattr(torch, args.dtype), enabled=args.dtype != 'float32'):
-                out, _ = model(frames[:, W:-1], ((frames[:, :W], None), None))
+                out, _ = model(frames[:, W:-1], (n, (frames[:, :W], None), None))
                 loss = model.nll(out, frames[:, W + 1:]).mean()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             loss.item()                                 # waits for a GPU
             seconds.setdefault(arch, []).append(time.perf_counter() - start)
     rates = {arch: B * T / torch.tensor(times[5:], dtype=torch.float64) for arch, times in seconds.items()}

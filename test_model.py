@@ -39,8 +39,10 @@ import render
 import sample
 import train
 import wkv
-from model import (VERSION, BernoulliHead, CheckpointError, ChordHead, Config, Dropout, LSTMBlock, Model, RWKVBlock,
+from model import (VERSION, BernoulliHead, CheckpointError, ChordHead, Clock, Config, Dropout, LSTMBlock, Model, RWKVBlock,
                    load_checkpoint)
+
+OPTIMIZERS = ['adamw'] + ['muon'] * hasattr(torch.optim, 'Muon')
 
 
 # ------------------------------------------------------------------------------------------------------ data: MIDI
@@ -368,20 +370,25 @@ def test_batch_windows_equal_the_whole_tape(onsets):
         pieces += [data.to_frames(song.notes, onsets=onsets), boundary]
     tape = np.concatenate(pieces)
     windows = {tape[i:i + 34].tobytes() for i in range(len(tape) - 33)}
-    seen = [w.numpy().tobytes() for _ in range(60) for w in ds.batch('train', 50, 33, 0, np.random.default_rng(_))]
+    seen = [w.numpy().tobytes() for _ in range(60) for w in ds.batch('train', 50, 33, 0, np.random.default_rng(_))[0]]
     assert set(seen) <= windows and len(set(seen)) > .6 * len(windows)
-    whole = ds.batch('train', 1, len(tape) - 1, 0, np.random.default_rng(0))
+    whole, _ = ds.batch('train', 1, len(tape) - 1, 0, np.random.default_rng(0))
     assert whole.dtype == torch.uint8 and (whole[0].numpy() == tape).all()
     assert ds.frames('train') == len(tape) - 13 and ds.beats('train') == ds.frames('train') / 4
     with pytest.raises(data.UserError, match='--block_size'):
         ds.batch('train', 1, len(tape), 0, np.random.default_rng(0))
+    # with 40 frames of history, and the place in its tune of the frame before the window
+    starts, before = np.flatnonzero(tape[:, -1]), np.concatenate((np.zeros((40, ds.V), dtype=np.uint8), tape))
+    places = {(before[i:i + 74].tobytes(), i - 1 - max(starts[starts < i], default=0)) for i in range(len(tape) - 33)}
+    seen = [(w.numpy().tobytes(), int(n)) for _ in range(60) for w, n in zip(*ds.batch('train', 50, 33, 0, np.random.default_rng(_), 40))]
+    assert set(seen) <= places and len(set(seen)) > .6 * len(places)
 
 
 def test_batch_transposition_never_leaves_the_keyboard():
     low, high = [data.Song('', np.array([[k, i, i + 1.5] for i, k in enumerate(keys)], dtype=float)) for keys in
                  ([0, 5, 9] * 8, [87, 80, 84] * 8)]
     ds = data.Dataset({s: [low, high] for s in data.SPLITS}, '')
-    tape = ds.batch('train', 1, 198, 0, np.random.default_rng(0))[0]
+    tape = ds.batch('train', 1, 198, 0, np.random.default_rng(0))[0][0]
     tape = torch.cat([tape[:, :88] | tape[:, 88:176], tape[:, -1:]], 1)
     moved = {}
     for at in range(len(tape) - 60):
@@ -391,7 +398,7 @@ def test_batch_transposition_never_leaves_the_keyboard():
             moved[torch.cat([part.roll(shift, 1), boundary], 1).numpy().tobytes()] = shift
     shifts = []
     for seed in range(200):
-        batch, again = [ds.batch('train', 4, 60, 6, np.random.default_rng(seed)) for _ in range(2)]
+        batch, again = [ds.batch('train', 4, 60, 6, np.random.default_rng(seed))[0] for _ in range(2)]
         assert torch.equal(batch, again)  # a seed is a seed
         for w in batch:  # no note has been lost, or has come in on the other side
             shifts.append(moved[torch.cat([w[:, :88] | w[:, 88:176], w[:, -1:]], 1).numpy().tobytes()])
@@ -1209,10 +1216,10 @@ def arrays(module):
 
 
 @every_arch_and_head
-@pytest.mark.parametrize('lookback', [0, 1, 9])
+@pytest.mark.parametrize('lookback, beat', [(0, 0), (1, 0), (9, 0), (9, 4), (0, 1)])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
-def test_model_in_pieces_equals_all_at_once(arch, head, lookback, dtype):
-    model, frames = random_model(arch, head, lookback, dtype), random_frames(2, 20, 7)
+def test_model_in_pieces_equals_all_at_once(arch, head, lookback, beat, dtype):
+    model, frames = random_model(arch, head, lookback, dtype, beat=beat), random_frames(2, 20, 7)
     frames[0, 3:15, -1], frames[0, 9:15] = 0, frames[0, 3:9].clone()    # a run of 6 frames, which the cuts below meet
     frames[0, 9:15, -1] = 0
     whole, _ = model(frames)  # as in training; the pieces below, without gradients, as in composing
@@ -1230,9 +1237,9 @@ def test_model_in_pieces_equals_all_at_once(arch, head, lookback, dtype):
 
 
 @every_arch_and_head
-@pytest.mark.parametrize('lookback', [0, 1, 9])
-def test_model_outputs_depend_on_all_earlier_frames_and_on_no_later_one(arch, head, lookback):
-    T, model = 12, random_model(arch, head, lookback)
+@pytest.mark.parametrize('lookback, beat', [(0, 0), (1, 0), (9, 4)])
+def test_model_outputs_depend_on_all_earlier_frames_and_on_no_later_one(arch, head, lookback, beat):
+    T, model = 12, random_model(arch, head, lookback, beat=beat)
     frames = random_frames(1, T, 7).repeat(T + 1, 1, 1)
     s = torch.arange(T)
     frames[s, s] = 1 - frames[s, s]  # row s has another frame s, row T is as it was
@@ -1244,7 +1251,7 @@ def test_model_outputs_depend_on_all_earlier_frames_and_on_no_later_one(arch, he
 
 @every_arch_and_head
 def test_model_in_bfloat16_is_near_float32(arch, head):
-    model, frames = random_model(arch, head, 5, torch.float32), random_frames(2, 20, 7)
+    model, frames = random_model(arch, head, 5, torch.float32, beat=4), random_frames(2, 20, 7)
     nats = []
     for mixed in (False, True):
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=mixed):
@@ -1281,8 +1288,26 @@ def test_model_lookback_against_its_equations(W):
     np.testing.assert_allclose(model(frames)[0].detach(), out, rtol=0, atol=1e-12)
     # a window cut from the middle of a tune comes with the frames before it, and counts runs anew (here none goes on)
     frames[:, :5, 0], frames[:, 5, 0] = 0, 1
-    later, _ = model(frames[:, 6:], ((frames[:, 6 - W:6], None), None))
+    later, _ = model(frames[:, 6:], (None, (frames[:, 6 - W:6], None), None))
     np.testing.assert_allclose(later.detach(), model(frames)[0].detach()[:, 6:], rtol=0, atol=1e-12)
+
+
+def test_model_clock_against_its_equation():
+    # as initialised, the RWKV blocks are the identity, so all that is left are the embedding and the clock
+    T, V, C, beat = 30, 4, 6, 3
+    model = Model(Config(V, 'rwkv', 'bernoulli', 1, C, beat=beat)).double().eval()
+    randomise(model.clock, std=1)
+    P, frames = arrays(model), torch.zeros(1, T, V)
+    frames[0, [0, 7, 8], -1] = 1        # tunes of 6, 0 and 21 frames
+    angle = [2 * np.pi * (t - max(start for start in (0, 7, 8) if start <= t)) / (beat * np.array(Clock.beats))[:, None] for t in range(T)]
+    x = frames[0].numpy() @ P['emb.weight'].T + P['emb.bias']
+    x += np.concatenate((np.cos(angle), np.sin(angle)), axis=1)[..., 0] @ P['clock.position.weight'].T
+    x = layer_norm(layer_norm(x, P, 'blocks.0.ln0'), P, 'ln_out')
+    out = x @ P['head.out.weight'].T + P['head.out.bias']
+    np.testing.assert_allclose(model(frames)[0][0].detach(), out, rtol=0, atol=1e-5)     # the angles are float32
+    # a window from the middle of a tune is told where it stands: frame 12 is the fifth of its tune
+    later, _ = model(frames[:, 13:], (torch.tensor([4]), None, None))
+    np.testing.assert_allclose(later.detach(), model(frames)[0].detach()[:, 13:], rtol=0, atol=1e-12)
 
 
 def sigmoid(x):
@@ -1583,20 +1608,40 @@ def test_model_dropout_acts_in_training_only(arch):
 
 @every_arch_and_head
 def test_model_weight_decay_is_for_matrices_only(arch, head):
-    model = random_model(arch, head, lookback=3)
-    decays, free = model.parameter_groups(0.1)
-    assert decays['weight_decay'] == 0.1 and free['weight_decay'] == 0
+    model = random_model(arch, head, lookback=3, beat=4)
     name_of = {id(p): name for name, p in model.named_parameters()}
-    names = [name_of[id(p)] for group in (decays, free) for p in group['params']]
-    assert sorted(names) == sorted(name_of.values())                    # every parameter exactly once
-    assert set(names[:len(decays['params'])]) == {n for n in names if 'weight' in n and 'ln' not in n}
+    for optimizer in OPTIMIZERS:
+        groups = [group for o in model.optimizers(optimizer, 1e-2, 0.1) for group in o.param_groups]
+        names = {decay: [name_of[id(p)] for g in groups if g['weight_decay'] == decay for p in g['params']] for decay in (0.1, 0)}
+        assert sorted(names[0.1] + names[0]) == sorted(name_of.values())            # every parameter exactly once
+        assert set(names[0.1]) == {n for n in name_of.values() if 'weight' in n and 'ln' not in n}
+
+
+@pytest.mark.skipif('muon' not in OPTIMIZERS, reason='this torch has no Muon')
+@pytest.mark.parametrize('arch', ['rwkv', 'lstm'])
+def test_model_muon_moves_the_matrices_of_the_blocks_alike_in_all_directions(arch):
+    model = random_model(arch, lookback=3, beat=4, n_embd=16).train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    frames = random_frames(4, 12, 7)
+    model.nll(model(frames[:, :-1])[0], frames[:, 1:]).mean().backward()
+    for optimizer in model.optimizers('muon', 0.01, 0):
+        optimizer.step()
+    for name, p in model.named_parameters():
+        step = p - before[name]
+        if name.startswith('blocks.') and p.dim() == 2:     # Muon: singular values near the learning rate, longer if tall,
+            values = torch.linalg.svdvals(step) / (0.01 * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+            gradient = torch.linalg.svdvals(p.grad)         # but for those that are as good as nothing in the gradient
+            values = values[gradient > 0.02 * gradient.norm()]
+            assert len(values) > 3 and 0.4 < values.min() and values.max() < 1.4, (name, values)
+        else:                                               # AdamW: the first step is as long for every number
+            assert step.abs().max() < 0.0101, name
 
 
 @every_arch_and_head
 def test_model_gradients_reach_every_parameter(arch, head):
     torch.manual_seed(0)
-    model = Model(Config(7, arch, head, n_layer=2, n_embd=8, dropout=0, lookback=5))
-    optimizer, frames = torch.optim.AdamW(model.parameter_groups(0.1), 1e-2), random_frames(4, 12, 7)
+    model = Model(Config(7, arch, head, n_layer=2, n_embd=8, dropout=0, lookback=5, beat=4))
+    (optimizer,), frames = model.optimizers('adamw', 1e-2, 0.1), random_frames(4, 12, 7)
     for _ in range(3):      # RWKV starts with zero matrices one behind another: gradient 3 reaches them all
         optimizer.step()
         optimizer.zero_grad()
@@ -1610,7 +1655,7 @@ def test_model_gradients_reach_every_parameter(arch, head):
 def test_model_default_sizes_are_within_5_percent(V, steps_per_beat, kind, n_layer, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['train.py'])
     lookback = round(train.parse_args().lookback * steps_per_beat)
-    models = [Model(Config(V, arch, 'chord', n_layer, train.SIZES[arch, kind], lookback=lookback))
+    models = [Model(Config(V, arch, 'chord', n_layer, train.SIZES[arch, kind], lookback=lookback, beat=steps_per_beat))
               for arch in ('rwkv', 'lstm')]
     rwkv, lstm = (sum(p.numel() for p in model.parameters()) for model in models)
     assert abs(lstm / rwkv - 1) < 0.05, f'{rwkv:,} and {lstm:,} parameters'
@@ -1635,7 +1680,7 @@ def run(script, *options, cwd=None):
 def test_model_benchmark_compares_the_models_of_train():
     out = run('model', '--steps=2').stdout
     for arch in ('rwkv', 'lstm'):       # those that train.py makes
-        model = Model(Config(177, arch, 'chord', 3, train.SIZES[arch, 'cpu'], lookback=256))
+        model = Model(Config(177, arch, 'chord', 3, train.SIZES[arch, 'cpu'], lookback=256, beat=4))
         assert f'{arch}: {sum(p.numel() for p in model.parameters()):,} parameters' in out
     rates = re.findall(r'(?m)^(rwkv|lstm|rwkv / lstm): ([\d,.]+) \(half', out)
     assert [name for name, _ in rates] == ['rwkv', 'lstm', 'rwkv / lstm'], out
@@ -1700,7 +1745,7 @@ def test_checkpoint_round_trip(trained):
 def test_evaluate_counts_frames_2_to_T_of_each_song_from_fresh_state():
     songs = [data.Song(f'{n}', np.array([(40, 0, n), (44, 1, n)], dtype=float)) for n in (2, 3, 7, 140)]
     dataset = data.Dataset({split: songs for split in data.SPLITS}, 'four songs')       # the last is read in two pieces
-    model = Model(Config(dataset.V, n_layer=1, n_embd=8, lookback=5)).eval()
+    model = Model(Config(dataset.V, n_layer=1, n_embd=8, lookback=5, beat=4)).eval()
     nats, count, frames = train.evaluate(model, dataset, 'test', batch_size=2)
     total = 0.0
     for song in songs:
@@ -1712,7 +1757,7 @@ def test_evaluate_counts_frames_2_to_T_of_each_song_from_fresh_state():
 
 
 def test_nats_per_frame_does_not_depend_on_how_the_tune_is_cut():
-    model = Model(Config(9, n_layer=1, n_embd=8, lookback=3)).eval()
+    model = Model(Config(9, n_layer=1, n_embd=8, lookback=3, beat=4)).eval()
     x = (torch.rand(2500, 9, generator=torch.Generator().manual_seed(0)) < 0.3).to(torch.uint8)
     out, _ = model(x[None, :-1])
     for prompt in (1, 700, 1025, 2000):
@@ -1910,15 +1955,17 @@ def book(tmp_path, monkeypatch):
 def last_state(out, arch):
     """What a run ended with, without the times: weights, optimiser's moments and the numbers of the table."""
     saved = torch.load(out / f'{arch}.last.pt', weights_only=True)
-    moments = [x for state in saved['optimizer'].values() for x in state.values()]
+    moments = [x for states in saved['optimizers'] for state in states.values() for x in state.values()]
     with open(out / f'{arch}.csv', newline='') as f:
         rows = [{k: v for k, v in row.items() if k not in ('minutes', 'frames_per_second')} for row in csv.DictReader(f)]
     return [*saved['model'].values(), *moments], rows
 
 
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
 @pytest.mark.parametrize('arch', ['rwkv', 'lstm'])
-def test_resume_is_bit_for_bit_the_run_that_never_stopped(book, tmp_path, monkeypatch, capsys, arch):
-    options = f'--arch={arch}', '--max_iters=9', '--eval_interval=4', '--log_interval=3', '--dropout=0.3'
+def test_resume_is_bit_for_bit_the_run_that_never_stopped(book, tmp_path, monkeypatch, capsys, arch, optimizer):
+    options = (f'--arch={arch}', '--max_iters=9', '--eval_interval=4', '--log_interval=3', '--dropout=0.3',
+               f'--optimizer={optimizer}')
     assert training(book, tmp_path / 'whole', *options) == 0
     tensors, rows = last_state(tmp_path / 'whole', arch)
     steps, draw = 0, data.Dataset.batch
@@ -1951,10 +1998,22 @@ def test_resume_options_given_again_win(book, tmp_path, capsys):
     for options, named in ((['--n_embd=24'], 'n_embd'), (['--arch=lstm'], 'lstm.last.pt')):
         assert training(book, tmp_path / 'out', '--resume', *options) == 2
         assert named in capsys.readouterr().err
-    saved['optimizer'][0]['exp_avg'] = saved['optimizer'][0]['exp_avg'][:1]
+    if 'muon' in OPTIMIZERS:
+        assert training(book, tmp_path / 'out', '--resume', '--optimizer=muon') == 2
+        assert '--optimizer' in capsys.readouterr().err
+    saved['optimizers'][0][0]['exp_avg'] = saved['optimizers'][0][0]['exp_avg'][:1]
     torch.save(saved, tmp_path / 'out' / 'rwkv.last.pt')
     assert training(book, tmp_path / 'out', '--resume') == 2
     assert re.fullmatch(r'train.py: .*rwkv\.last\.pt .*--resume\n', capsys.readouterr().err)
+
+
+def test_muon_is_for_a_torch_that_has_it(book, tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(torch.optim, 'Muon', raising=False)
+    assert training(book, tmp_path / 'out', '--max_iters=1', '--dtype=bfloat16') == 0
+    assert '--optimizer=adamw' in torch.load(tmp_path / 'out' / 'rwkv.last.pt', weights_only=True)['options']
+    capsys.readouterr()
+    assert training(book, tmp_path / 'out', '--max_iters=1', '--optimizer=muon') == 2
+    assert re.fullmatch(r'train.py: --optimizer=muon needs torch 2.9 .*\n', capsys.readouterr().err)
 
 
 def test_sigterm_saves_and_gives_the_command_to_go_on(book, tmp_path):

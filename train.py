@@ -81,7 +81,8 @@ def parse_args(words=None):
           ('head', 'chord', dict(choices=('chord', 'bernoulli')), 'the distribution over the next frame'),
           ('n_layer', None, number(int, 1, 1000), 'layers (default: 3 on a CPU, 6 on a GPU)'),
           ('n_embd', None, number(int, 1, 65536), 'channels (default: 192 for rwkv and 240 for lstm, equal in parameters; about twice that on a GPU)'),
-          ('dropout', 0.2, number(float, 0, 0.99), 'share of channels dropped'),
+          ('dropout', 0.3, number(float, 0, 0.99), 'share of channels dropped'),
+          ('clock', True, flag, 'the model is told where in beat, bar and section a frame stands'),
           ('lookback', 64.0, number(float, 0, 1000), 'beats of the tune that the model can look at again; 0 for none'))
     group('training',
           ('batch_size', None, number(int, 1), 'windows in a step, all processes together (default: 8 on a CPU, 32 on a GPU)'),
@@ -89,6 +90,8 @@ def parse_args(words=None):
           ('block_size', 256, number(int, 1), 'frames in a window'),
           ('max_minutes', 8.0, number(float, 0, 1e6), 'the schedule ends after so long; 0: no limit, --max_iters decides'),
           ('max_iters', 0, number(int, 0), 'the schedule ends after so many steps; 0: no limit, --max_minutes decides'),
+          ('optimizer', None, dict(choices=('muon', 'adamw')), 'muon is for the matrices of the layers, with adamw for the rest '
+           '(default: muon where torch has it, from 2.9 on, and --dtype is bfloat16, in which it works)'),
           ('learning_rate', 6e-3, number(float, 0), 'highest learning rate'),
           ('min_lr', 6e-5, number(float, 0), 'learning rate at the end'),
           ('warmup_iters', 50, number(int, 0), 'steps of linear warm-up, before the cosine decay'),
@@ -164,16 +167,16 @@ def together(values, device, largest=False):
 
 
 class Loss(nn.Module):
-    """Model and loss in one forward, where DistributedDataParallel finds both: windows (B, T + 1, V) and the frames
-    before them, past (B, W, V) -> mean nats a frame."""
+    """Model and loss in one forward, where DistributedDataParallel finds both: windows x (B, T + 1, V), the frames before
+    them, past (B, W, V), and the place (B,) of the last of those in its tune -> mean nats a frame."""
 
     def __init__(self, model, compiled=False):
         super().__init__()
         self.model = model
         self.run = torch.compile(model.forward) if compiled else model.forward
 
-    def forward(self, x, past):
-        out, _ = self.run(x[:, :-1], ((past, None), None))
+    def forward(self, x, past, place):
+        out, _ = self.run(x[:, :-1], (place, (past, None), None))
         return self.model.nll(out, x[:, 1:]).mean()
 
 
@@ -231,7 +234,7 @@ def go_on_command():
     return shlex.join(words + ['--resume'] * ('--resume' not in words))
 
 
-# the variables of a run, beside weights and optimiser: all that --resume needs, since a step draws its random numbers
+# the variables of a run, beside weights and optimisers: all that --resume needs, since a step draws its random numbers
 # from the seed and its own number
 RUN = dict(step=int, elapsed=float, evaluating=float, best=float, rows=list, recent=list, spent=float)
 
@@ -242,27 +245,33 @@ def load_last(path):
     run, words = saved.get('run'), saved.get('options')
     if not (isinstance(run, dict) and all(type(run.get(name)) is kind for name, kind in RUN.items())
             and all(isinstance(row, dict) for row in run['rows']) and all(isinstance(x, float) for x in run['recent'])
-            and isinstance(words, list) and all(isinstance(word, str) for word in words)):
+            and isinstance(saved.get('optimizers'), list) and isinstance(words, list) and all(isinstance(word, str) for word in words)):
         raise CheckpointError(f'{path} is not a run that can go on: train without --resume')
     return saved
 
 
-def restore(saved, path, model, optimizer):
-    """Puts weights and optimiser's state of a <arch>.last.pt in place. Raises UserError if they are another model's."""
+def restore(saved, path, model, optimizers):
+    """Puts weights and optimisers' state of a <arch>.last.pt in place. Raises UserError if they are another model's."""
     now, then = asdict(model.config), saved['config']
     for name in now:
         if now[name] != then[name] and name != 'dropout':
             raise UserError(f'{path} is of a model with {name} {then[name]}, the options or the data make it {now[name]}: '
                             'leave out what changes the model, or train without --resume')
+    if len(saved['optimizers']) != len(optimizers):
+        raise UserError(f'{path} is of a run with another --optimizer: leave it out, or train without --resume')
     try:
-        moments = {i: {name: value.clone() for name, value in state.items()} for i, state in saved['optimizer'].items()}
-        parameters = [p for group in optimizer.param_groups for p in group['params']]
-        if moments.keys() != set(range(len(parameters))) or any(state['step'] < 1 for state in moments.values()) or any(
-                x.shape != p.shape or x.dtype != p.dtype or not x.isfinite().all()
-                for i, p in enumerate(parameters) for x in (moments[i]['exp_avg'], moments[i]['exp_avg_sq'])):
-            raise ValueError
-        # the groups hold learning rate and weight decay, which are for the options to say
-        optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()['param_groups']))
+        for optimizer, states in zip(optimizers, saved['optimizers']):
+            moments = {i: {name: value.clone() for name, value in state.items()} for i, state in states.items()}
+            parameters = [p for group in optimizer.param_groups for p in group['params']]
+            adamw = isinstance(optimizer, torch.optim.AdamW)
+            names = ('exp_avg', 'exp_avg_sq') if adamw else ('momentum_buffer',)
+            if moments.keys() != set(range(len(parameters))) or adamw and any(
+                    state['step'] < 1 for state in moments.values()) or any(
+                    x.shape != p.shape or x.dtype != p.dtype or not x.isfinite().all()
+                    for i, p in enumerate(parameters) for x in (moments[i][name] for name in names)):
+                raise ValueError
+            # the groups hold learning rate and weight decay, which are for the options to say
+            optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()['param_groups']))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise CheckpointError(f'{path} is not a run that can go on: train without --resume') from None
     model.load_state_dict(saved['model'])
@@ -280,6 +289,9 @@ def fit(args, saved=None):
     dtype = pick_dtype(args.dtype, device)
     kind = 'cuda' if device.type == 'cuda' else 'cpu'
     args.dtype = str(dtype).removeprefix('torch.')
+    args.optimizer = args.optimizer or ('muon' if dtype == torch.bfloat16 and hasattr(torch.optim, 'Muon') else 'adamw')
+    if args.optimizer == 'muon' and not hasattr(torch.optim, 'Muon'):
+        raise UserError('--optimizer=muon needs torch 2.9 or later: use --optimizer=adamw, or leave it out')
     args.n_layer = args.n_layer or {'cpu': 3, 'cuda': 6}[kind]
     args.n_embd = args.n_embd or SIZES[args.arch, kind]
     args.batch_size = args.batch_size or {'cpu': 8, 'cuda': 32}[kind]
@@ -300,7 +312,8 @@ def fit(args, saved=None):
     if world > 1 and not rank:
         dist.barrier()
     history = round(args.lookback * args.steps_per_beat)        # frames before a window that the model can look at
-    config = Config(dataset.V, args.arch, args.head, args.n_layer, args.n_embd, args.dropout, history)
+    config = Config(dataset.V, args.arch, args.head, args.n_layer, args.n_embd, args.dropout, history,
+                    args.steps_per_beat * args.clock)
     model = Model(config).to(device)
     dataset.batch('train', 1, args.block_size, 0, np.random.default_rng())     # complains if there is too little music
     try:
@@ -328,11 +341,10 @@ def fit(args, saved=None):
     limits = [f'{args.max_minutes:g} minutes'] * bool(args.max_minutes) + [f'{args.max_iters:,} steps'] * bool(args.max_iters)
     say(f'training: {args.batch_size} windows of {args.block_size} frames a step, {" or ".join(limits)}')
 
-    optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), args.learning_rate,
-                                  betas=(0.9, args.beta2), fused=True)
+    optimizers = model.optimizers(args.optimizer, args.learning_rate, args.weight_decay, args.beta2)
     best, rows, recent, spent, evaluating, step = math.inf, [], [], 0.0, 0.0, 0
     if saved:
-        restore(saved, last, model, optimizer)
+        restore(saved, last, model, optimizers)
         run = saved['run']
         best, rows, recent, spent, evaluating, step = (run[name] for name in 'best rows recent spent evaluating step'.split())
         begin -= run['elapsed']
@@ -356,7 +368,7 @@ def fit(args, saved=None):
             write_whole(path, buffer.getbuffer())
 
     def save_last():
-        save(last, best, options=as_words(vars(args) | dict(data=meta['data'])), optimizer=optimizer.state_dict()['state'],
+        save(last, best, options=as_words(vars(args) | dict(data=meta['data'])), optimizers=[o.state_dict()['state'] for o in optimizers],
              run=dict(step=step, elapsed=time.perf_counter() - begin, evaluating=evaluating, best=best, rows=rows,
                       recent=recent, spent=spent))
 
@@ -391,23 +403,25 @@ def fit(args, saved=None):
         start = time.perf_counter()
         warm = min(1.0, (step + 1) / (args.warmup_iters + 1))
         lr = warm * (args.min_lr + (args.learning_rate - args.min_lr) * (0.5 + 0.5 * math.cos(math.pi * done)))
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group['lr'] = lr
         # every process draws the whole batch and keeps its rows, so that their number does not change the music;
         # dropout differs. Seeds are made of the step, so that a resumed run goes on with the same random numbers
         rng = np.random.default_rng((args.seed, step))
         torch.manual_seed(int(rng.integers(2 ** 62)) + rank)
-        x = dataset.batch('train', args.batch_size, args.block_size, args.transpose, rng, history)[rank::world]
+        x, place = (part[rank::world].to(device) for part in
+                    dataset.batch('train', args.batch_size, args.block_size, args.transpose, rng, history))
         loss = 0.0
-        for i, piece in enumerate(x.to(device).chunk(pieces)):
+        for i, (piece, n) in enumerate(zip(x.chunk(pieces), place.chunk(pieces))):
             with loss_of.no_sync() if world > 1 and i < pieces - 1 else nullcontext():     # gradients meet once a step
                 with mixed:
-                    nats = loss_of(piece[:, history:], piece[:, :history]) / pieces
+                    nats = loss_of(piece[:, history:], piece[:, :history], n) / pieces
                 nats.backward()
             loss += nats.detach()
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)       # flush the gradients early, their memory serves the next step
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)   # flush the gradients early, their memory serves the next step
         recent.append(together([loss.item()], device)[0] / world)
         for name, value in (('loss', recent[-1]), ('length of the gradient', norm.item())):
             if not math.isfinite(value):
