@@ -339,7 +339,7 @@ def fit(args, saved=None):
     say(f'model: {args.arch}, {args.head} head, {args.n_layer} layers of {args.n_embd} channels, '
         f'{sum(p.numel() for p in model.parameters()):,} parameters')
     limits = [f'{args.max_minutes:g} minutes'] * bool(args.max_minutes) + [f'{args.max_iters:,} steps'] * bool(args.max_iters)
-    say(f'training: {args.batch_size} windows of {args.block_size} frames a step, {" or ".join(limits)}')
+    say(f'training: {args.batch_size} windows of {args.block_size} frames a step, {" or ".join(limits)}, {args.optimizer}')
 
     optimizers = model.optimizers(args.optimizer, args.learning_rate, args.weight_decay, args.beta2)
     best, rows, recent, spent, evaluating, step = math.inf, [], [], 0.0, 0.0, 0
