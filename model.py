@@ -11,8 +11,8 @@ Both architectures read binary frames (B, T, V) and answer for each the distribu
     model.sample(out[:, -1])               # (B, V): the next frame, drawn
 
 The same call trains (T = a window, state dropped) and composes (T = 1, state carried); the numbers agree.
-All that is known of music here is that the last unit of a frame is the boundary between tunes: a frame may be any set of
-units, and a character of text is a frame with one.
+All that is known of music here is that the last unit of a frame is the boundary between tunes, and how long a beat is: a
+frame may be any set of units, and a character of text is a frame with one.
 `python model.py` times training steps of both architectures side by side.
 """
 

@@ -2149,7 +2149,7 @@ BAD_CHECKPOINTS = {
     'fractional channels': (lambda c: c['config'].update(n_embd=16.0), 'n_embd=16.0'),
     'absurd lookback': (lambda c: c['config'].update(lookback=10 ** 12), 'lookback'),
     'absurd beat': (lambda c: c['config'].update(beat=10 ** 12), 'beat'),
-    'beat without a clock': (lambda c: c['config'].update(beat=4), 'clock.position.weight'),
+    'clock without a beat': (lambda c: c['config'].update(beat=0), 'clock.position.weight'),
     'dropout': (lambda c: c['config'].update(dropout=math.nan), 'dropout'),
     'key left out': (lambda c: c['model'].pop('emb.bias'), 'emb.bias'),
     'key too many': (lambda c: c['model'].update(evil=torch.zeros(3)), 'evil'),
