@@ -192,6 +192,15 @@ class LSTMBlock(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+def frames_since(event, before=None):
+    """Frames since the last event, 0 at one: event (B, T, ..) bool, before (B, ..) the answer for the frame before these
+    or None for 0 -> (B, T, ..) int64."""
+    t = torch.arange(event.shape[1], device=event.device).view(-1, *[1] * (event.dim() - 2))
+    last = torch.where(event, t, -1).cummax(1).values                   # -1: not in these frames
+    since = t - last
+    return since if before is None else since + (last < 0) * before.unsqueeze(1)
+
+
 class Clock(nn.Module):
     """
     Where in the beat, the bar and the section of the tune a frame stands: hands that turn once in `beats` beats, from the
@@ -211,9 +220,9 @@ class Clock(nn.Module):
 
     def forward(self, frames, n):
         """frames (B, T, V); n (B,), that of the frame before them, or None at the start -> P (..) (B, T, C), the last n."""
-        t = torch.arange(frames.shape[1], device=frames.device)
-        start = torch.where(frames[..., -1] > 0, t, -1).cummax(1).values    # the boundary before frame t; -1: not in these
-        n = t - start + (start < 0) * (-1 if n is None else n.unsqueeze(1))             # (B, T)
+        if n is None:
+            n = torch.full((len(frames),), -1, device=frames.device)
+        n = frames_since(frames[..., -1] > 0, n)                            # (B, T)
         angle = 2 * math.pi * (n.unsqueeze(-1) * self.turns % 1)
         hands = torch.cat((angle.cos(), angle.sin()), dim=-1)
         return self.position(hands.to(self.position.weight.dtype)), n[:, -1]
@@ -262,10 +271,7 @@ class Lookback(nn.Module):
         on = seen.sum(-1)
         equal = (common == on[:, W:].unsqueeze(2)) & (common == on.unsqueeze(1)) & one_tune
         equal = equal.gather(2, then - 1)                                   # (B, T, W): frame t and frame t - l
-        other = torch.where(equal, -1, t).cummax(1).values                  # when the lag last failed; -1: not in these frames
-        run = t - other
-        if before is not None:
-            run = run + (other < 0) * before.unsqueeze(1)
+        run = frames_since(~equal, before)
         log_run = run.to(dtype).log1p()
         return self.run(log_run), (past, run[:, -1]), (seen, then, one_tune.gather(2, then), log_run)
 
@@ -388,7 +394,7 @@ class Model(nn.Module):
         for name, p in self.named_parameters():
             leaf = name.split('.', 2)[-1]               # 'blocks.0.att.key.weight' -> 'att.key.weight'
             if name in ('clock.position.weight', 'look.lag.weight', 'look.recall.weight'):
-                p.zero_()                               # at first the runs alone decide on a lag, and nothing is recalled
+                p.zero_()                               # at first the runs alone decide on a lag, nothing is recalled, no clock is read
             elif leaf in ('att.key.weight', 'att.receptance.weight', 'att.output.weight',
                         'ffn.receptance.weight', 'ffn.value.weight'):
                 p.zero_()                               # RWKV-v4neo: every block starts as the identity
@@ -481,7 +487,8 @@ class Model(nn.Module):
         Weight decay is for matrices only: biases, gains, decays and mixes go free.
         """
         inner = [p for p in self.blocks.parameters() if p.dim() == 2] if name == 'muon' else []
-        outer = [p for p in self.parameters() if not any(p is q for q in inner)]
+        taken = {id(p) for p in inner}
+        outer = [p for p in self.parameters() if id(p) not in taken]
         groups = [{'params': [p for p in outer if p.dim() == 2], 'weight_decay': weight_decay},
                   {'params': [p for p in outer if p.dim() != 2], 'weight_decay': 0.0}]
         adamw = torch.optim.AdamW(groups, lr, betas=(0.9, beta2), fused=True)
