@@ -1,7 +1,7 @@
-"""
-Compose with a trained model:  python sample.py --ckpt out/rwkv.pt
+"""Compose with a trained model:  python sample.py --ckpt out/rwkv.pt
 
-Writes out/rwkv.mid, .wav (listen) and .svg (look); with --num_samples, out/rwkv-1.mid and so on, the best first.
+Writes out/rwkv.mid (play, edit), .abc (sheet music), .wav (listen) and .svg (look); with --num_samples, out/rwkv-1.mid
+and so on, the best first.
 """
 
 import argparse
@@ -9,206 +9,253 @@ import math
 import re
 import secrets
 import time
-import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import data
+import notation
 import render
-from data import UserError
-from model import CheckpointError, load_checkpoint
-from train import boolean, exit_with, number, pick_device
+from data import FLAG
+from data import add_options
+from data import number
+from model import load_checkpoint
+from notation import KEYS
+from notation import Song
+from notation import UserError
+
+METRES = ('2/4', '3/4', '4/4', '6/8', '9/8')
+SUFFIXES = ('.mid', '.abc', '.wav', '.svg')
+ROUNDS = 8              # how often more tunes are composed for those that --metre asks for
 
 
 def key_signature(text):
-    """'D' -> 2, 'F#m' -> 3, 'Bb' -> -2: sharps in the signature, for argparse."""
+    """An argparse type: 'D' -> (2, False), 'F#m' -> (3, True): sharps in the signature, and is it minor?"""
     if not re.fullmatch('[A-G][#b]?m?', text):
         raise argparse.ArgumentTypeError(f'{text!r} is no key: write C, F#, Bb, Am, C#m, ...')
-    return data.sharps(text)
+    return notation.sharps(text), text.endswith('m')
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog='example: python sample.py --ckpt out/rwkv.pt --num_samples=4 --key=D --tempo=180')
-    parser.error = lambda message: exit_with(message + '; --help lists the options')
-
-    def group(title, *options):
-        g = parser.add_argument_group(title)
-        for name, default, kind, text in options:
-            kind = kind if isinstance(kind, dict) else dict(type=kind)
-            g.add_argument(f'--{name}', default=default, help=text, **kind)
-
-    group('the model',
-          ('ckpt', Path('out/rwkv.pt'), Path, 'checkpoint written by train.py (default: out/rwkv.pt)'),
-          ('device', 'cpu', str, 'cpu, cuda, ... (default: cpu)'))
-    group('composing',
-          ('num_samples', 1, number(int, 1, 1000), 'tunes to write, the best first (default: 1)'),
-          ('best_of', 8, number(int, 1, 1000), 'tunes composed, side by side, for each that is written (default: 8)'),
-          ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before (default: 256)'),
-          ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune (default: 16)'),
-          ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer (default: 1)'),
-          ('top_p', 0.98, number(float, 0.01, 1), 'nucleus: choose among the likeliest that hold so much probability (default: 0.98)'),
-          ('seed', None, number(int, 0, 2 ** 63 - 1), 'the same seed gives the same files (default: a new one, which is printed)'),
-          ('prompt', None, Path, 'a .mid or .abc file to continue'),
-          ('prompt_beats', math.inf, number(float, 0), 'read so many beats of the prompt (default: all)'),
-          ('no_prompt', False, dict(type=boolean, nargs='?', const=True, metavar='BOOL'), 'leave the prompt out of what is written'))
-    group('what is written',
-          ('out', None, Path, 'path of the .mid (default: that of the checkpoint)'),
-          ('key', None, key_signature, 'move the tune to this key signature: C, F#, Bb, Am, ... (default: where it was composed)'),
-          ('check_copies', True, dict(type=boolean, nargs='?', const=True, metavar='BOOL'),
-           'tell the longest stretch that stands in a training song, too (default: True)'),
-          ('tempo', None, number(float, 4, 1000), 'beats a minute (default: that of the prompt or of the training tunes)'))
+    parser = data.make_parser(__doc__, 'python sample.py --num_samples=4 --metre=6/8 --key=D --tempo=180')
+    add_options(
+        parser, 'the model',
+        ('ckpt', Path('out/rwkv.pt'), Path, 'checkpoint written by train.py'),
+        ('device', 'cpu', str, 'cpu, cuda, ...'))
+    add_options(
+        parser, 'composing',
+        ('num_samples', 1, number(int, 1, 1000), 'tunes to write, the best first'),
+        ('best_of', 8, number(int, 1, 1000), 'tunes composed, side by side, for each that is written'),
+        ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
+        ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune'),
+        ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer'),
+        ('top_p', 0.98, number(float, 0.01, 1), 'nucleus: choose among the likeliest that hold so much probability'),
+        ('metre', None, dict(choices=METRES), 'keep only tunes in this metre (default: any)'),
+        ('seed', None, number(int, 0, 2 ** 63 - 1), 'the same seed, the same files (default: a new one, printed)'),
+        ('prompt', None, Path, 'a .mid or .abc file to continue; for ABC text also fields alone, as M:6/8'),
+        ('prompt_beats', math.inf, number(float, 0), 'read so many beats of the prompt'),
+        ('no_prompt', False, FLAG, 'leave the prompt out of what is written'))
+    add_options(
+        parser, 'what is written',
+        ('out', None, Path, 'name of the files, .mid, .abc, .wav and .svg (default: that of the checkpoint)'),
+        ('key', None, key_signature, 'move the tune to this key: C, F#, Bb, Am, ... (default: where it was composed)'),
+        ('check_copies', True, FLAG, 'tell the longest stretch that stands in a training song, too'),
+        ('tempo', None, number(float, 4, 1000), 'beats a minute (default: that of the prompt or the training tunes)'))
     return parser.parse_args()
 
 
-def key_shift(notes, sharps, common_key):
-    """Semitones, -6..5, to the key signature of so many sharps from the one the tune is in (none with common_key)."""
-    return (7 * (sharps - (0 if common_key else data.estimate_sharps(notes))) + 6) % 12 - 6
+def output_names(args):
+    """The names of the tunes, without suffix. Raises UserError, before anything is composed, if one cannot be
+    written."""
+    out = args.out or args.ckpt
+    if out.suffix.lower() in (*SUFFIXES, '.pt', '.midi'):
+        out = out.with_suffix('')
+    names = [out]
+    if args.num_samples > 1:
+        names = [out.with_name(f'{out.name}-{i}') for i in range(1, args.num_samples + 1)]
+    for name in names:
+        for suffix in SUFFIXES:
+            notation.check_writable(f'{name}{suffix}')
+    return names
 
 
-def read_prompt(path, beats):
-    """The first tune in a .mid or .abc file, cut after so many beats, as a data.Song."""
-    if path.suffix.lower() == '.abc':
-        songs = data.read_abc(path)
-        if not songs:
-            raise UserError(f'{path} has no tune that can be read: give another --prompt')
-        song = songs[0]
-    else:
-        song = data.read_midi(path)
-    notes = song.notes[song.notes[:, 1] < beats]
-    if not len(notes):
-        raise UserError(f'{path} has no notes in its first {beats:g} beats: give another --prompt or more --prompt_beats')
-    notes[:, 2] = np.minimum(notes[:, 2], beats)
-    return song._replace(notes=notes)
+class Tune(NamedTuple):
+    """A composed tune, and what it is judged by."""
+    frames: np.ndarray      # (T, V) without the prompt
+    song: Song              # with the prompt
+    nats: float             # nats a frame of the part that was composed
+    ended: bool             # by the model itself
 
 
-def beats_per_bar(notes):
-    """3 or 4, whichever the chords keep to: the share of their strikes that fall on a bar line, against chance."""
-    onsets, count = np.unique(notes[:, 1].round(3), return_counts=True)
-    chords = onsets[count >= 3]
-    on_line = {bar: (np.abs((chords + 0.1) % bar) < 0.2).mean() * bar if len(chords) else 0 for bar in (4, 3)}
-    return max(on_line, key=on_line.get)
+def compose(model, representation, opening, args, count, generator):
+    """Composes count tunes side by side: a list of Tunes; what the representation cannot read is none."""
+    steps = representation.frames_per_beat
+    length = math.ceil(args.length * steps)
+    boundary = np.zeros((1, representation.V), np.uint8)
+    boundary[0, -1] = 1
+    prompt = torch.from_numpy(np.concatenate((boundary, opening))).to(next(model.parameters()).device)
+    composed = model.compose(prompt.expand(count, -1, -1), length, args.temperature, args.top_p, generator,
+                             at_least=math.ceil(args.min_length * steps))
+    tunes = []
+    for tune in composed:
+        if not len(tune):
+            continue
+        # the model's own opinion of it, from the first frame after the prompt
+        nats = model.nats(torch.cat((prompt, tune)).unsqueeze(0))[:, len(prompt) - 1:].double().mean().item()
+        frames = tune.cpu().numpy()
+        try:
+            song = representation.to_song(np.concatenate((opening, frames)))
+        except UserError:
+            continue
+        if len(song.notes):
+            tunes.append(Tune(frames, with_key_and_metre(song), nats, len(tune) < length))
+    return tunes, sum(map(len, composed))
 
 
-def intervals(notes, steps_per_beat):
-    """
-    A tune as one number a step, the same in every transposition: 0 where nothing is struck, else a name (checksum) of the
-    keys that are, counted from the highest key of the strike before. It tells what is struck when, not how long it is held.
-    """
-    steps = np.floor(notes * [1, steps_per_beat, steps_per_beat] + 0.5).astype(int)
-    tune, top = np.zeros(steps[:, 1].max(initial=-1) + 1, np.int64), None
-    for t in np.unique(steps[:, 1]):
-        struck = np.sort(steps[steps[:, 1] == t, 0])
-        tune[t] = 1 + zlib.crc32((struck - (struck[-1] if top is None else top)).tobytes())
-        top = struck[-1]
-    return tune
+def with_key_and_metre(song):
+    """The Song with the key and metre that its notes suggest, where it does not tell them."""
+    if song.sharps is None:
+        sharps, minor = notation.estimate_key(song.notes)
+        song = song._replace(sharps=sharps, minor=minor)
+    if song.metre is None or song.pickup is None:
+        bar, pickup = notation.metre(song.notes, notation.bar_beats(song.metre) if song.metre else None)
+        song = song._replace(metre=song.metre or notation.metre_text(song.notes, bar, pickup), pickup=pickup)
+    return song
 
 
-def longest_copy(tune, book):
-    """Steps in the longest stretch that stands both in tune and in book, two arrays of intervals(). The stretch begins
-    after its first strike, which is named by the one before it."""
-    longest, run = 0, np.zeros(len(book) + 1, np.int32)     # run[j]: steps of the match that ends with book[j - 1]
-    for name in tune:
-        run[1:] = (run[:-1] + 1) * (book == name)
-        longest = max(longest, run.max())
-    return int(longest)
+def candidates(model, representation, opening, args, generator):
+    """Composes until there are enough tunes, --best_of for each that is written, in the metre that is asked for."""
+    wanted = args.num_samples * args.best_of
+    start = time.perf_counter()
+    found, made, readable, frames = [], 0, 0, 0
+    for _ in range(ROUNDS if args.metre else 1):
+        tunes, count = compose(model, representation, opening, args, wanted, generator)
+        made += wanted
+        readable += len(tunes)
+        frames += count
+        found += [tune for tune in tunes if args.metre in (None, tune.song.metre)]
+        if len(found) >= args.num_samples:
+            break
+    seconds = time.perf_counter() - start
+    line = f'{made} tunes composed in {seconds:.1f} s, {frames / seconds:,.0f} frames a second'
+    if readable < made:
+        line += f'; {readable} of {made} are valid'
+    if args.metre:
+        line += f'; {len(found)} are in {args.metre}'
+    print(line)
+    if not found:
+        asked = f'in {args.metre}' if args.metre and readable else 'that can be read'
+        raise UserError(f'none of {made} tunes was one {asked}: '
+                        'use another --seed, a higher --best_of, or another --prompt')
+    return found
 
 
-def training_book(meta):
-    """The training songs of a checkpoint, as intervals() with a fence behind each; and where they are. None if gone."""
-    path, grid = Path(meta['data']), (meta['steps_per_beat'], meta['onsets'])
-    if meta['data'] == 'nottingham':
-        path = data.TUNES if meta['source'].startswith(data.TUNES.name) else data.NOTTINGHAM
+def best(tunes, usual, count):
+    """The count best tunes, the best first: those that the model ended itself, and of these those whose nats a frame
+    are nearest to what real tunes have. Far above is noise, far below is one bar over and over."""
+    return sorted(tunes, key=lambda tune: (not tune.ended, abs(tune.nats - usual)))[:count]
+
+
+def key_shift(song, sharps):
+    """Semitones, -6..5, from the key signature of a Song to that of so many sharps."""
+    return (7 * (sharps - song.sharps) + 6) % 12 - 6
+
+
+def finished(song, opening, args, moved):
+    """The Song as it is written: without the prompt if that is asked, in the key that is asked, or back in the
+    prompt's."""
+    notes = song.notes.copy()
+    if args.no_prompt and len(opening.notes):
+        begin = opening.notes[:, 2].max()
+        notes = notes[notes[:, 1] >= begin - 1e-6] - [0, begin, begin]
+        song = with_key_and_metre(song._replace(metre=None, pickup=None, text=None))
+    shift = -moved if args.key is None else key_shift(song, args.key[0])
+    if shift:
+        sharps, minor = args.key or notation.estimate_key(notes + [shift, 0, 0])
+        song = song._replace(sharps=sharps, minor=minor, text=None)
+    notes[:, 0] += shift
+    return song._replace(notes=notes[(notes[:, 0] >= 0) & (notes[:, 0] < KEYS)])
+
+
+def write(song, name, tempo, prompt_beats):
+    """Writes name.mid, .abc, .svg and, unless the tune is very long, .wav; returns what they are, for a person."""
+    signature = dict(sharps=song.sharps, minor=song.minor, metre=song.metre, pickup=song.pickup)
+    notation.write_midi(song.notes, f'{name}.mid', tempo, name.name, **signature)
+    text, simplified = notation.write_abc(song.notes, name.name, tempo, **signature)
+    if song.text:           # it was composed as text, with repeats and all
+        text, simplified = f'X:1\nT:{name.name}\nQ:1/4={tempo:g}\n{song.text}', 0
+    notation.write_whole(f'{name}.abc', text.encode())
+    render.write_svg(song.notes, f'{name}.svg', song.metre, song.pickup, prompt_beats, name.name)
+    sound = song.notes[:, 2].max() * 60 / tempo <= render.LONGEST
+    if sound:
+        render.write_wav(song.notes, f'{name}.wav', tempo, song.metre, song.pickup)
+    line = f'{name}.mid, .abc, .svg' + ', .wav' * bool(sound)
+    line += f': {notation.key_name(song.sharps, song.minor)}, {song.metre}'
+    return line + f', {simplified} notes simplified in the .abc' * bool(simplified)
+
+
+def training_book(meta, representation):
+    """The training songs of a checkpoint, for data.longest_copy; None if they are gone."""
     try:
-        songs = data.load(path, *grid, log=lambda line: None).songs['train']
+        songs = data.load(meta['data'], representation, log=lambda line: None).songs['train']
     except UserError:
-        return None, path
-    book = []
-    for song in songs:      # seen through the same frames as what is composed
-        book += [intervals(data.to_notes(data.to_frames(song.notes, *grid), *grid), grid[0]), np.array([-1])]
-    return np.concatenate(book), path
+        return None
+    return data.copy_book([data.intervals(song.notes, representation.steps_per_beat) for song in songs])
 
 
-def compose(args):
-    device = pick_device(args.device)
-    model, checkpoint = load_checkpoint(args.ckpt, device)
-    meta = checkpoint['meta']
-    grid = meta['steps_per_beat'], meta['onsets']
-    if model.config.n_units != data.units(meta['onsets']):
-        raise CheckpointError(f'{args.ckpt} has {model.config.n_units} units in a frame, not those of a piano: give another --ckpt')
-    length = math.ceil(args.length * meta['steps_per_beat'])
+def check_size(args, model, representation):
+    """Raises UserError if what is asked for is too much at once."""
+    length = math.ceil(args.length * representation.frames_per_beat)
     if length > data.MAX_FRAMES:
         raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
-                        f'{data.MAX_FRAMES // meta["steps_per_beat"]:,} beats or less')
-    if args.num_samples * args.best_of * (length + 4 * model.config.lookback) > 200 * data.MAX_FRAMES:       # 3.5 GB
-        raise UserError(f'--num_samples={args.num_samples} times --best_of={args.best_of} times --length={args.length:g} is '
-                        f'more than {200 * data.MAX_FRAMES:,} frames at once: ask for fewer or shorter tunes')
-    out = args.out or args.ckpt.with_suffix('.mid')
-    if not out.parent.is_dir():
-        raise UserError(f'there is no folder {out.parent} for {out.name}: make it, or give another --out')
-    seed = secrets.randbits(32) if args.seed is None else args.seed
-    generator = torch.Generator(device).manual_seed(seed)
-    print(f'{args.ckpt}: {model.config.arch}, trained on {meta["source"]}, valid {checkpoint["valid"]:.4f} nats/frame')
-
-    # the prompt: a boundary frame, where every tune starts, and the person's own beginning if there is one
-    opening, moved, usual_tempo = np.empty((0, 3)), 0, meta['tempo']
-    if args.prompt:
-        song = read_prompt(args.prompt, args.prompt_beats)
-        moved, usual_tempo = data.common_key_shift(song) if meta['common_key'] else 0, song.tempo
-        opening = song.notes + [moved, 0, 0]
-    frames = data.to_frames(opening, *grid)
-    boundary = np.zeros((1, model.config.n_units), np.uint8)
-    boundary[0, -1] = 1
-    prompt = torch.from_numpy(np.concatenate((boundary, frames))).to(device)
-    prompt = prompt.expand(args.num_samples * args.best_of, -1, -1)
-
-    torch.set_num_threads(1)        # a frame is too little work to share between cores
-    start = time.perf_counter()
-    composed = model.compose(prompt, length, args.temperature, args.top_p, generator,
-                             at_least=math.ceil(args.min_length * meta['steps_per_beat']))
-    seconds, count = time.perf_counter() - start, sum(map(len, composed))
-    print(f'seed {seed}: {len(composed)} x {max(map(len, composed))} frames in {seconds:.1f} s, '
-          f'{count / seconds:,.0f} frames a second')
-    # the model's own opinion, nats a frame: far above what real tunes get is noise, far below is one bar over and over;
-    # and first come the tunes that it ended itself
-    scored = [(model.nats_per_frame(prompt[i], tune), i) for i, tune in enumerate(composed) if len(tune)]
-    ranked = sorted(scored, key=lambda score: (len(composed[score[1]]) == length, abs(score[0] - checkpoint['valid'])))
-    ranked = ranked[:args.num_samples]
-    if not ranked:
-        raise UserError(f'the model ended the tune at once: use another --seed{" or a shorter prompt" * bool(args.prompt)}')
-
-    book, path = training_book(meta) if args.check_copies else (None, None)
-    for place, (nats, i) in enumerate(ranked, 1):
-        tune = composed[i].cpu().numpy()
-        copied = None if book is None else longest_copy(intervals(data.to_notes(tune, *grid), grid[0]), book) / grid[0]
-        whole, beats = (tune, 0.0) if args.no_prompt else (np.concatenate((frames, tune)), len(frames) / grid[0])
-        notes = data.to_notes(whole, *grid)
-        notes[:, 0] += key_shift(notes, args.key, meta['common_key']) if args.key is not None else -moved
-        notes = notes[(notes[:, 0] >= 0) & (notes[:, 0] < data.KEYS)]
-        name = out if args.num_samples == 1 else out.with_name(f'{out.stem}-{place}{out.suffix}')
-        bar, tempo = beats_per_bar(notes), args.tempo or usual_tempo
-        data.write_midi(notes, name, tempo)
-        render.write_svg(notes, name.with_suffix('.svg'), bar, beats, name.stem)
-        sound = bool(notes[:, 2].max(initial=0) * 60 / tempo <= render.LONGEST)
-        if sound:
-            render.write_wav(notes, name.with_suffix('.wav'), tempo, bar)
-        print(f'{name} ({".wav, " * sound}.svg): {nats:.3f} nats/frame, {len(notes)} notes, {len(tune) / grid[0]:g} beats'
-              + (f', at most {copied:g} beats in a row copied' if book is not None else ''))
-        if place == 1:
-            print(render.terminal_roll(notes))
-    if args.check_copies:
-        print(f'copies are looked for in the training songs of {path}, in every transposition' if book is not None else
-              f'whether it copied is not known, since {path} is not there any more')
+                        f'{data.MAX_FRAMES // representation.frames_per_beat:,} beats or less')
+    if args.num_samples * args.best_of * (length + 4 * model.config.lookback) > 200 * data.MAX_FRAMES:      # 3.5 GB
+        raise UserError(f'--num_samples={args.num_samples} times --best_of={args.best_of} times --length={args.length:g} '
+                        f'is more than {200 * data.MAX_FRAMES:,} frames: ask for fewer or shorter tunes')
 
 
 def main():
-    try:
-        compose(parse_args())
-    except (UserError, CheckpointError) as e:
-        exit_with(e)
+    args = parse_args()
+    device = data.pick_device(args.device)
+    model, checkpoint = load_checkpoint(args.ckpt, device)
+    meta = checkpoint['meta']
+    representation = data.representation(meta['representation'])
+    check_size(args, model, representation)
+    names = output_names(args)
+    seed = secrets.randbits(32) if args.seed is None else args.seed
+    generator = torch.Generator(device).manual_seed(seed)
+    print(f'{args.ckpt}: {model.config.arch}, trained on {meta["source"]}, '
+          f'valid {checkpoint["valid"]:.4f} nats/frame; seed {seed}')
+
+    # a person's own beginning, if there is one, in the key that the model knows
+    opening, frames, moved = Song('', np.zeros((0, 3))), np.zeros((0, representation.V), np.uint8), 0
+    if args.prompt:
+        shift = notation.common_key_shift if meta['common_key'] else lambda song: 0
+        opening, frames = representation.opening(args.prompt, args.prompt_beats, shift)
+        moved = shift(opening) if len(opening.notes) else 0
+    torch.set_num_threads(1)        # a frame is too little work to share between cores
+    tunes = candidates(model, representation, frames, args, generator)
+    tempo = args.tempo or (opening.tempo if args.prompt else meta['tempo'])
+    book = training_book(meta, representation) if args.check_copies else None
+    prompt_beats = 0.0 if args.no_prompt else opening.notes[:, 2].max(initial=0)
+    for name, tune in zip(names, best(tunes, checkpoint['valid'], args.num_samples)):
+        song = finished(tune.song, opening, args, moved)
+        line = write(song, name, tempo, prompt_beats)
+        line += f', {tune.nats:.3f} nats/frame, {len(song.notes)} notes, {song.notes[:, 2].max(initial=0):g} beats'
+        if book is not None:
+            steps = representation.steps_per_beat
+            copied = data.longest_copy(data.intervals(song.notes, steps), book) / steps
+            line += f', at most {copied:g} beats in a row copied'
+        print(line)
+        if name == names[0]:
+            print(render.terminal_roll(song.notes))
+    if book is not None:
+        print(f'copies are looked for in the training songs of {meta["data"]}, in every transposition')
+    elif args.check_copies:
+        print(f'whether it copied is not known, since {meta["data"]} is not there any more')
 
 
 if __name__ == '__main__':
-    main()
+    data.run(main, '--num_samples, --best_of or --length')

@@ -1,24 +1,27 @@
-"""
-Train a model on tunes:  python train.py --arch=rwkv
+"""Train a model on tunes:  python train.py --arch=rwkv
 
-Writes out/<arch>.pt (the best checkpoint by validation loss), out/<arch>.last.pt (what --resume goes on from),
+Writes out/<arch>.pt (the best model by validation loss), out/<arch>.last.pt (what --resume goes on from),
 out/<arch>.csv (every number it prints) and out/loss.svg (a chart of the validation losses of all runs there).
 On N devices:  torchrun --standalone --nproc_per_node=N train.py --arch=rwkv
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import field
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,131 +29,189 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import data
+import model as models
 import render
 import wkv
-from data import UserError, write_whole
-from model import VERSION, CheckpointError, Config, Model, load_checkpoint
+from data import FLAG
+from data import add_options
+from data import number
+from notation import UserError
+from notation import clear_parts
+from notation import is_alive
+from notation import read_bytes
+from notation import write_whole
 
-# equal in parameters to 5%; a GPU gets a bigger model for the same minutes
-SIZES = {('rwkv', 'cpu'): 192, ('lstm', 'cpu'): 240, ('rwkv', 'cuda'): 384, ('lstm', 'cuda'): 488}
-
-
-def boolean(text):
-    if text.lower() in ('true', '1', 'yes'):
-        return True
-    if text.lower() in ('false', '0', 'no'):
-        return False
-    raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
+VALIDATIONS = 20        # in a run ...
+SHARE = 0.05            # ... but no more of its time than this
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a number of this kind from low to high."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            bounds = f'from {low} to {high}' if high < math.inf else f'of {low} or more'
-            raise argparse.ArgumentTypeError(f'{text!r} is not a {"whole " * (kind is int)}number {bounds}')
-        return value
-    return parse
-
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
 
 def parse_args(words=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog='example: python train.py --arch=lstm --data=my_tunes.zip --max_minutes=30')
-    parser.error = lambda message: exit_with(message + '; --help lists the options')
-    flag = dict(type=boolean, nargs='?', const=True, metavar='BOOL')
-
-    def group(title, *options):
-        g = parser.add_argument_group(title)
-        for name, default, kind, text in options:
-            kind = kind if isinstance(kind, dict) else dict(type=kind)
-            text += '' if default is None else f' (default: {default})'
-            g.add_argument(f'--{name}', default=default, help=text, **kind)
-
-    group('data',
-          ('data', 'nottingham', str, 'nottingham, or a folder or .zip of MIDI files, one .mid, or one .abc'),
-          ('steps_per_beat', 4, number(int, 1, 96), 'frames a beat (quarter note)'),
-          ('onsets', True, flag, 'frames tell struck keys from held ones'),
-          ('common_key', False, flag, 'move every tune to C major or A minor'),
-          ('transpose', 6, number(int, 0, 87), 'each window is moved at random, this many semitones either way at most'))
-    group('model',
-          ('arch', 'rwkv', dict(choices=('rwkv', 'lstm')), 'the recurrent network'),
-          ('head', 'chord', dict(choices=('chord', 'bernoulli')), 'the distribution over the next frame'),
-          ('n_layer', None, number(int, 1, 1000), 'layers (default: 3 on a CPU, 6 on a GPU)'),
-          ('n_embd', None, number(int, 1, 65536), 'channels (default: 192 for rwkv and 240 for lstm, equal in parameters; about twice that on a GPU)'),
-          ('dropout', 0.3, number(float, 0, 0.99), 'share of channels dropped'),
-          ('clock', True, flag, 'the model is told where in beat, bar and section a frame stands'),
-          ('lookback', 64.0, number(float, 0, 1000), 'beats of the tune that the model can look at again; 0 for none'))
-    group('training',
-          ('batch_size', None, number(int, 1), 'windows in a step, all processes together (default: 8 on a CPU, 32 on a GPU)'),
-          ('gradient_accumulation_steps', 1, number(int, 1), 'pieces a process takes its windows in, to save memory'),
-          ('block_size', 256, number(int, 1), 'frames in a window'),
-          ('max_minutes', 8.0, number(float, 0, 1e6), 'the schedule ends after so long; 0: no limit, --max_iters decides'),
-          ('max_iters', 0, number(int, 0), 'the schedule ends after so many steps; 0: no limit, --max_minutes decides'),
-          ('optimizer', None, dict(choices=('muon', 'adamw')), 'muon is for the matrices of the layers, with adamw for the rest '
-           '(default: muon where torch has it, from 2.9 on, and --dtype is bfloat16, in which it works)'),
-          ('learning_rate', 6e-3, number(float, 0), 'highest learning rate'),
-          ('min_lr', 6e-5, number(float, 0), 'learning rate at the end'),
-          ('warmup_iters', 50, number(int, 0), 'steps of linear warm-up, before the cosine decay'),
-          ('weight_decay', 0.1, number(float, 0), 'on matrices only'),
-          ('beta2', 0.99, number(float, 0, 0.999999), 'second moment decay of AdamW'),
-          ('grad_clip', 1.0, number(float, 0), 'longest gradient; 0: no limit'),
-          ('eval_interval', 1000, number(int, 1), 'steps between validations'),
-          ('log_interval', 50, number(int, 1), 'steps between progress lines'))
-    group('machine',
-          ('device', None, str, 'cpu, cuda, cuda:1, ... (default: cuda where there is one)'),
-          ('dtype', None, dict(choices=('float32', 'bfloat16')), 'arithmetic of the matrix products (default: the faster one here)'),
-          ('compile', False, flag, 'torch.compile the network'),
-          ('seed', 1337, number(int, 0, 2 ** 32 - 1), 'of all random numbers'),
-          ('out_dir', 'out', Path, 'where the checkpoint and the numbers go'),
-          ('resume', False, flag, 'go on from <arch>.last.pt in --out_dir, with its options; those given again win'))
+    parser = data.make_parser(__doc__, 'python train.py --arch=lstm --data=my_tunes.zip --max_minutes=30')
+    add_options(
+        parser, 'data',
+        ('data', 'nottingham', str, 'nottingham, or a folder, .zip, .mid, .abc, or an .npz of data.py'),
+        ('representation', 'piano_roll', dict(choices=tuple(data.REPRESENTATIONS)), 'what a frame is'),
+        ('steps_per_beat', None, number(int, 1, 96), 'steps to a quarter note (default: 4; for events 12)'),
+        ('onsets', True, FLAG, 'frames of a piano_roll tell struck keys from held ones'),
+        ('common_key', False, FLAG, 'move every tune to C major or A minor'),
+        ('transpose', 6, number(int, 0, 87), 'each window is moved at random, this many semitones either way at most'))
+    add_options(
+        parser, 'model',
+        ('arch', 'rwkv', dict(choices=tuple(models.ARCHITECTURES)), 'the architecture'),
+        ('head', None, dict(choices=tuple(models.HEADS)),
+         'the distribution of the next frame (default: chord for piano_roll, else softmax)'),
+        ('n_layer', None, number(int, 1, 1000), 'layers (default: 3 on a CPU, 6 on a GPU)'),
+        ('n_embd', None, number(int, 2, 65536),
+         'channels (default: as many parameters as rwkv with 192, on a GPU with 384)'),
+        ('dropout', 0.3, number(float, 0, 0.99), 'share of channels dropped'),
+        ('window', 1024, number(int, 1), 'frames that the attention of a transformer reaches back'),
+        ('clock', True, FLAG, 'the model is told where in beat, bar and section a frame stands'),
+        ('lookback', 64.0, number(float, 0, 1000), 'beats of the tune that the model can look at again; 0 for none'))
+    add_options(
+        parser, 'training',
+        ('batch_size', None, number(int, 1), 'windows in a step, all processes together (default: 8, on a GPU 32)'),
+        ('gradient_accumulation_steps', 1, number(int, 1), 'pieces a process takes its windows in, to save memory'),
+        ('block_size', 256, number(int, 1), 'frames in a window'),
+        ('max_minutes', 8.0, number(float, 0, 1e6), 'the schedule ends after so long; 0: --max_iters decides'),
+        ('max_iters', 0, number(int, 0), 'the schedule ends after so many steps; 0: --max_minutes decides'),
+        ('learning_rate', 6e-3, number(float, 0), 'highest learning rate'),
+        ('min_lr', 6e-5, number(float, 0), 'learning rate at the end'),
+        ('warmup_iters', 50, number(int, 0), 'steps of linear warm-up, before the cosine decay'),
+        ('weight_decay', 0.1, number(float, 0), 'on matrices only'),
+        ('beta2', 0.99, number(float, 0, 0.999999), 'second moment decay of AdamW'),
+        ('grad_clip', 1.0, number(float, 0), 'longest gradient; 0: no limit'),
+        ('eval_interval', 0, number(int, 0), 'steps between validations; 0: about twenty validations in a run'),
+        ('log_interval', 50, number(int, 1), 'steps between progress lines'))
+    add_options(
+        parser, 'machine',
+        ('device', None, str, 'cpu, cuda, cuda:1, ... (default: cuda where there is one)'),
+        ('dtype', None, dict(choices=('float32', 'bfloat16')),
+         'arithmetic of the matrix products (default: bfloat16 where the processor has instructions for it)'),
+        ('compile', False, FLAG, 'torch.compile the network'),
+        ('seed', 1337, number(int, 0, 2 ** 32 - 1), 'of all random numbers'),
+        ('out_dir', 'out', Path, 'where the checkpoint and the numbers go'),
+        ('resume', False, FLAG, 'go on from <arch>.last.pt in --out_dir, with its options; those given again win'))
     return parser.parse_args(words)
 
 
-def as_words(options):
-    """Options as the words of a command line, for the run that resumes this one."""
-    return [f'--{name}={value}' for name, value in options.items() if value is not None and name not in ('out_dir', 'resume')]
+def complete(args, device, world):
+    """Fills in the defaults that depend on the device and on each other. Raises UserError for options that do not
+    fit."""
+    gpu = device.type == 'cuda'
+    if not args.max_minutes and not args.max_iters:
+        raise UserError('--max_minutes=0 and --max_iters=0 would train for ever: give one of them')
+    args.n_layer = args.n_layer or (6 if gpu else 3)
+    args.batch_size = args.batch_size or (32 if gpu else 8)
+    args.dtype = args.dtype or ('bfloat16' if has_bfloat16(device) else 'float32')
+    args.steps_per_beat = args.steps_per_beat or (12 if args.representation == 'events' else 4)
+    parts = world * args.gradient_accumulation_steps
+    if args.batch_size % parts:
+        fitting = math.ceil(args.batch_size / parts) * parts
+        raise UserError(f'--batch_size={args.batch_size} does not divide by {world} processes and '
+                        f'--gradient_accumulation_steps={args.gradient_accumulation_steps}: use --batch_size={fitting}')
 
 
-def exit_with(message, status=2):
-    if os.environ.get('LOCAL_RANK', '0') == '0':    # of many processes on a machine, one speaks
-        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
-    sys.exit(status)
+def has_bfloat16(device):
+    """Does the processor multiply in bfloat16? GPUs do since Ampere, and CPUs that say so (AVX512-BF16, AMX, Arm's
+    BF16)."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = Path('/proc/cpuinfo')
+    return device.type == 'cpu' and cpu.exists() and bool(re.search(r'\b(avx512_|amx_)?bf16\b', cpu.read_text()))
 
 
-def pick_device(name):
-    if name is None:
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if name == 'cuda' and 'LOCAL_RANK' in os.environ:
-        name = f'cuda:{os.environ["LOCAL_RANK"]}'
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f'--device={name} is not on this machine: use --device=cpu, or leave it out') from None
+def make_representation(args):
+    """The representation that the options ask for."""
+    settings = dict(piano_roll=dict(steps_per_beat=args.steps_per_beat, onsets=args.onsets),
+                    events=dict(steps_per_beat=args.steps_per_beat), abc={})
+    return data.representation(dict(name=args.representation, **settings[args.representation]))
 
 
-def pick_dtype(name, device):
-    """bfloat16 where it is the faster one: on GPUs since Ampere, and on CPUs whose matrix product says so."""
-    if name is not None:
-        return getattr(torch, name)
-    if device.type != 'cpu':
-        return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported(False) else torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(1024, 256).to(dtype), torch.randn(256, 1024).to(dtype)
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
+def make_config(args, representation, device):
+    """The model that the options ask for. Raises UserError for a head that does not fit the representation."""
+    head = args.head or representation.heads[0]
+    if head not in representation.heads:
+        raise UserError(f'--head={head} does not fit --representation={args.representation}: '
+                        f'use --head={" or ".join(representation.heads)}, or leave it out')
+    config = models.Config(
+        n_units=representation.V,
+        arch=args.arch,
+        head=head,
+        n_layer=args.n_layer,
+        n_embd=args.n_embd or (384 if device.type == 'cuda' else 192),
+        dropout=args.dropout,
+        window=args.window,
+        lookback=round(args.lookback * representation.frames_per_beat),
+        beat=representation.beat if args.clock else 0,
+        shift=representation.shift)
+    if args.arch == 'transformer' and config.n_embd % 2:
+        raise UserError(f'--n_embd={config.n_embd} is odd, and rotary positions turn pairs: use an even number')
+    return config if args.n_embd else models.same_size(config)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimisers
+
+class Muon(torch.optim.Optimizer):
+    """For matrices: moves by the orthogonal matrix that is nearest to the momentum, so that directions with small
+    gradients learn as fast as those with large ones (Jordan et al. 2024, Muon; torch.optim.Muon has it from 2.9 on).
+
+        M <- mu M + (1 - mu) G,     W <- (1 - lr * weight_decay) W - lr * sqrt(max(1, rows / columns)) * orthogonal(M')
+
+    with Nesterov's M' = mu M + (1 - mu) G. All matrices of a shape go through the products at once, in the type
+    `dtype`. """
+
+    def __init__(self, matrices, lr, weight_decay, dtype, momentum=0.95):
+        shapes = sorted({p.shape for p in matrices})
+        groups = [dict(params=[p for p in matrices if p.shape == shape]) for shape in shapes]
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
+        self.dtype = dtype
+        self.mu = momentum
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            updates = []
+            for p in group['params']:
+                momentum = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - self.mu)
+                updates.append(p.grad.lerp(momentum, self.mu))
+            updates = orthogonal(torch.stack(updates).to(self.dtype))
+            lr = group['lr']
+            scale = max(1, updates.shape[1] / updates.shape[2]) ** 0.5
+            for p, update in zip(group['params'], updates):
+                p.mul_(1 - lr * group['weight_decay']).add_(update, alpha=-lr * scale)
+
+
+def orthogonal(X):
+    """The orthogonal matrices nearest to X (n, rows, columns), nearly: three Newton-Schulz steps with Jordan's
+    coefficients bring all singular values that are not below a fiftieth of X's length to between 0.7 and 1.2."""
+    if X.shape[1] > X.shape[2]:
+        return orthogonal(X.mT).mT
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(3):
+        A = X @ X.mT
+        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
+    return X
+
+
+def make_optimizers(model, args):
+    """Muon for the matrices of the blocks, of whatever architecture, and AdamW for the rest. Weight decay is for
+    matrices only: biases, gains, decays and mixes go free."""
+    inner = [p for p in model.blocks.parameters() if p.dim() == 2]
+    taken = {id(p) for p in inner}
+    outer = [p for p in model.parameters() if id(p) not in taken]
+    groups = [dict(params=[p for p in outer if p.dim() == 2], weight_decay=args.weight_decay),
+              dict(params=[p for p in outer if p.dim() != 2], weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, args.beta2), fused=True)
+    return [adamw, Muon(inner, args.learning_rate, args.weight_decay, getattr(torch, args.dtype))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many processes: each takes its share of the windows, and they meet once a step
 
 def ranks():
     """This process's number and how many there are, as torchrun tells them; 0 and 1 without it."""
@@ -166,43 +227,97 @@ def together(values, device, largest=False):
     return values.tolist()
 
 
-class Loss(nn.Module):
-    """Model and loss in one forward, where DistributedDataParallel finds both: windows x (B, T + 1, V), the frames before
-    them, past (B, W, V), and the place (B,) of the last of those in its tune -> mean nats a frame."""
+def average_gradients(parameters):
+    """Data parallel training in four lines: every process goes on with the mean of all gradients."""
+    grads = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(grads)
+    for p, grad in zip(parameters, grads.split([p.numel() for p in parameters])):
+        p.grad.copy_(grad.view_as(p) / ranks()[1])
 
-    def __init__(self, model, compiled=False):
-        super().__init__()
-        self.model = model
-        self.run = torch.compile(model.forward) if compiled else model.forward
 
-    def forward(self, x, past, place):
-        out, _ = self.run(x[:, :-1], (place, (past, None), None))
-        return self.model.nll(out, x[:, 1:]).mean()
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
+
+class Score(NamedTuple):
+    frame: float        # nats a frame: the mean of -ln p(frame_t | frames before t) over frames 2..T of every song
+    beat: float         # nats a beat: all nats of a song, from its first frame to the boundary, over its beats
+    songs: int
+    frames: int         # counted in nats a frame
 
 
 @torch.no_grad()
-def evaluate(model, dataset, split, batch_size=16):
-    """
-    Nats a frame: the mean of -ln p(frame_t | frames before t) over frames 2..T of every song, each read from its own
-    start with fresh state; of many processes each takes its share of the batches, and all get the same answer.
-    Returns (nats, songs, frames counted); nan nats where no song has two frames.
-    """
+def evaluate(model, dataset, split, most=math.inf, batch_size=16):
+    """The Score of a model on a split, each song read from its own start with fresh state; nan where nothing is
+    counted. most: of more frames than this, a sample of the songs is read, of all lengths. Processes share the
+    songs."""
     rank, world = ranks()
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total, songs, frames = 0.0, 0, 0
-    for x, lengths in islice(dataset.whole_songs(split, batch_size), rank, None, world):
-        x, lengths = x.to(device), lengths.to(device)
-        nats = model.nats(x)                                    # of frame 1, .., frame T, after the boundary
+    every = math.ceil(dataset.lengths(split).sum() / most)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    for x, lengths, beats in islice(dataset.whole_songs(split, batch_size, max(1, every)), rank, None, world):
+        x, lengths = x.to(device), lengths.to(device).unsqueeze(1)
+        nats = model.nats(x).double()                               # of frame 1, .., frame T and the boundary
         t = torch.arange(1, x.shape[1], device=device)
-        counted = (t >= 2) & (t <= lengths.unsqueeze(1))        # frame 1 has no past; past T is padding
-        total += nats[counted].double().sum().item()
-        songs, frames = songs + len(x), frames + int(counted.sum())
+        counted = (t >= 2) & (t <= lengths)                         # frame 1 has no past; past T is padding
+        sums += torch.stack((nats[counted].sum(), counted.sum(), nats[t <= lengths + 1].sum(),
+                             beats.sum().to(device), torch.tensor(len(x), device=device)))
     model.train(training)
-    total, songs, frames = together([total, songs, frames], device)
-    songs, frames = int(songs), int(frames)
-    return total / frames if frames else math.nan, songs, frames
+    nats, frames, all_nats, beats, songs = together(sums.tolist(), device)
+    if not frames:
+        return Score(math.nan, math.nan, int(songs), 0)
+    return Score(nats / frames, all_nats / beats, int(songs), int(frames))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+@dataclass
+class Run:
+    """The variables of a run, beside weights and optimisers: all that --resume needs, since a step draws its random
+    numbers from the seed and its own number."""
+    step: int = 0
+    seconds: float = 0.0                            # of training so far
+    validating: float = 0.0                         # of these, spent on validation
+    validated: int = 0                              # how many twentieths of the run have been validated
+    best: float = math.inf                          # lowest validation loss ...
+    weights: dict = field(default_factory=dict)     # ... and the weights that had it
+    rows: list = field(default_factory=list)        # of the table <arch>.csv
+    losses: list = field(default_factory=list)      # since the last progress line ...
+    spent: float = 0.0                              # ... and the seconds they took
+
+
+def lr_at(step, done, args):
+    """The learning rate: linear warm-up over the first steps, cosine decay over the run, done going from 0 to 1."""
+    warm = min(1.0, (step + 1) / (args.warmup_iters + 1))
+    return warm * (args.min_lr + (args.learning_rate - args.min_lr) * (0.5 + 0.5 * math.cos(math.pi * done)))
+
+
+def progress(run, args):
+    """How much of the run is done, 0 to 1, by steps or by the clock; one step at least is made."""
+    by_steps = run.step / args.max_iters if args.max_iters else 0.0
+    by_clock = run.seconds / (60 * args.max_minutes) if args.max_minutes else 0.0
+    return min(1.0, max(by_steps, by_clock)) if run.step else 0.0
+
+
+def validation_frames(args):
+    """How many frames a validation reads at most, on the way: what six steps do."""
+    return 6 * args.batch_size * args.block_size
+
+
+def is_due(run, args):
+    """Is it time to validate? At the start and the end, and after every --eval_interval steps or twentieth of the run.
+    A frame of validation takes about half the time of one of training, so six steps' frames are the share of 60
+    steps."""
+    done = progress(run, args)
+    if done in (0, 1):
+        return True
+    if args.eval_interval:
+        return run.step % args.eval_interval == 0
+    if args.max_iters:
+        return run.step % max(args.max_iters // VALIDATIONS, 60) == 0
+    return done * VALIDATIONS >= run.validated + 1 and run.validating <= SHARE * run.seconds
 
 
 def save_rows(path, rows):
@@ -214,19 +329,22 @@ def save_rows(path, rows):
     write_whole(path, text.getvalue().encode())
 
 
-def clock(seconds):
+def say(line, passing=False):
+    """Prints a line, the first process does. A passing one is overwritten by the next on a terminal; a log keeps them
+    all."""
+    if ranks()[0] == 0:
+        terminal = sys.stdout.isatty()
+        print('\r\033[K' * terminal + line, end='' if passing and terminal else '\n', flush=True)
+
+
+def minutes(seconds):
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
-
-
-def report(line, passing=False):
-    """Prints a line. A passing one is overwritten by the next, if this is a terminal; a log keeps them all."""
-    terminal = sys.stdout.isatty()
-    print('\r\033[K' * terminal + line, end='' if passing and terminal else '\n', flush=True)
 
 
 def go_on_command():
     """The command that goes on with this run."""
-    words, here = sys.orig_argv, os.environ.get('LOCAL_WORLD_SIZE')
+    words = sys.orig_argv
+    here = os.environ.get('LOCAL_WORLD_SIZE')
     if here:
         words = ['torchrun', '--standalone', f'--nproc_per_node={here}', *sys.argv]
         if here != os.environ['WORLD_SIZE']:
@@ -234,244 +352,277 @@ def go_on_command():
     return shlex.join(words + ['--resume'] * ('--resume' not in words))
 
 
-# the variables of a run, beside weights and optimisers: all that --resume needs, since a step draws its random numbers
-# from the seed and its own number
-RUN = dict(step=int, elapsed=float, evaluating=float, best=float, rows=list, recent=list, spent=float)
-
-
 def load_last(path):
-    """A <arch>.last.pt -> its dictionary. Raises CheckpointError if it is none."""
-    _, saved = load_checkpoint(path)
-    run, words = saved.get('run'), saved.get('options')
-    if not (isinstance(run, dict) and all(type(run.get(name)) is kind for name, kind in RUN.items())
-            and all(isinstance(row, dict) for row in run['rows']) and all(isinstance(x, float) for x in run['recent'])
-            and isinstance(saved.get('optimizers'), list) and isinstance(words, list) and all(isinstance(word, str) for word in words)):
-        raise CheckpointError(f'{path} is not a run that can go on: train without --resume')
+    """A <arch>.last.pt -> its dictionary. Raises UserError if no run can go on from it."""
+    _, saved = models.load_checkpoint(path)
+    try:
+        saved['run'] = Run(**saved['run'])
+        saved['options'] = [str(word) for word in saved['options']]
+        saved['optimizers'] = list(saved['optimizers'])
+    except (KeyError, TypeError):
+        raise UserError(f'{path} is not a run that can go on: train without --resume') from None
     return saved
 
 
-def restore(saved, path, model, optimizers):
-    """Puts weights and optimisers' state of a <arch>.last.pt in place. Raises UserError if they are another model's."""
-    now, then = asdict(model.config), saved['config']
+def restore(saved, setup):
+    """Puts a <arch>.last.pt in place and returns its Run. Raises UserError if it is of another model."""
+    path = setup.last
+    now = asdict(setup.model.config)
+    then = saved['config']
     for name in now:
         if now[name] != then[name] and name != 'dropout':
-            raise UserError(f'{path} is of a model with {name} {then[name]}, the options or the data make it {now[name]}: '
-                            'leave out what changes the model, or train without --resume')
-    if len(saved['optimizers']) != len(optimizers):
-        raise UserError(f'{path} is of a run with another --optimizer: leave it out, or train without --resume')
+            raise UserError(f'{path} is of a model with {name} {then[name]}, the options or the data make it '
+                            f'{now[name]}: leave out what changes the model, or train without --resume')
     try:
-        for optimizer, states in zip(optimizers, saved['optimizers']):
-            moments = {i: {name: value.clone() for name, value in state.items()} for i, state in states.items()}
-            parameters = [p for group in optimizer.param_groups for p in group['params']]
-            adamw = isinstance(optimizer, torch.optim.AdamW)
-            names = ('exp_avg', 'exp_avg_sq') if adamw else ('momentum_buffer',)
-            if moments.keys() != set(range(len(parameters))) or adamw and any(
-                    state['step'] < 1 for state in moments.values()) or any(
-                    x.shape != p.shape or x.dtype != p.dtype or not x.isfinite().all()
-                    for i, p in enumerate(parameters) for x in (moments[i][name] for name in names)):
-                raise ValueError
+        for optimizer, state in zip(setup.optimizers, saved['optimizers'], strict=True):
             # the groups hold learning rate and weight decay, which are for the options to say
-            optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()['param_groups']))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise CheckpointError(f'{path} is not a run that can go on: train without --resume') from None
-    model.load_state_dict(saved['model'])
+            optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()['param_groups']))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'{path} is not a run that can go on: train without --resume') from None
+    setup.model.load_state_dict(saved['model'])
+    run = saved['run']
+    if setup.meta['source'] != saved['meta']['source']:     # judged on other songs, an old best means nothing
+        run.best = math.inf
+    say(f'going on from {path}: step {run.step}, {minutes(run.seconds)} of training')
+    return run
 
 
-def fit(args, saved=None):
-    """Trains as the options say; saved: the content of a <arch>.last.pt to go on from. Returns the signal that stopped it,
-    or 0."""
-    begin = time.perf_counter()
+class Setup(NamedTuple):
+    """What stays the same from the first step to the last."""
+    args: argparse.Namespace
+    device: torch.device
+    dataset: data.Dataset
+    model: models.Model
+    optimizers: list
+    meta: dict              # what sample.py needs to know of the music
+    best: Path              # the files of the run
+    last: Path
+    table: Path
+    claim: Path
+
+
+def set_up(args):
+    """Device, processes, music and model, as the options say."""
     rank, world = ranks()
-    say = report if rank == 0 else lambda *args, **options: None
-    if not args.max_minutes and not args.max_iters:
-        raise UserError('--max_minutes=0 and --max_iters=0 would train for ever: give one of them')
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    kind = 'cuda' if device.type == 'cuda' else 'cpu'
-    args.dtype = str(dtype).removeprefix('torch.')
-    args.optimizer = args.optimizer or ('muon' if dtype == torch.bfloat16 and hasattr(torch.optim, 'Muon') else 'adamw')
-    if args.optimizer == 'muon' and not hasattr(torch.optim, 'Muon'):
-        raise UserError('--optimizer=muon needs torch 2.9 or later: use --optimizer=adamw, or leave it out')
-    args.n_layer = args.n_layer or {'cpu': 3, 'cuda': 6}[kind]
-    args.n_embd = args.n_embd or SIZES[args.arch, kind]
-    args.batch_size = args.batch_size or {'cpu': 8, 'cuda': 32}[kind]
-    pieces = args.gradient_accumulation_steps
-    if args.batch_size % (world * pieces):
-        raise UserError(f'--batch_size={args.batch_size} does not divide by {world} processes and --gradient_accumulation_steps='
-                        f'{pieces}: use --batch_size={-(-args.batch_size // (world * pieces)) * world * pieces}')
+    device = data.pick_device(args.device)
+    complete(args, device, world)
     if world > 1:
-        if kind == 'cuda':
+        if device.type == 'cuda':
             torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision('high')
-
     if rank:
-        dist.barrier()      # the first process downloads, or reads many files, and the others find what it kept
-    dataset = data.load(args.data, args.steps_per_beat, args.onsets, args.common_key, say)
+        dist.barrier()              # the first process downloads, and the others find what it kept
+    dataset = data.load(args.data, make_representation(args), args.common_key, say)
     if world > 1 and not rank:
         dist.barrier()
-    history = round(args.lookback * args.steps_per_beat)        # frames before a window that the model can look at
-    config = Config(dataset.V, args.arch, args.head, args.n_layer, args.n_embd, args.dropout, history,
-                    args.steps_per_beat * args.clock)
-    model = Model(config).to(device)
     dataset.batch('train', 1, args.block_size, 0, np.random.default_rng())     # complains if there is too little music
+    model = models.Model(make_config(args, dataset.representation, device)).to(device)
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'cannot make the folder --out_dir={args.out_dir} ({e.strerror}): choose another') from None
-    for part in args.out_dir.glob(f'{args.arch}.*.part') if rank == 0 else ():
-        part.unlink(missing_ok=True)                # what a run that was killed in the act of saving left
-    checkpoint, table, last = (args.out_dir / f'{args.arch}{suffix}' for suffix in ('.pt', '.csv', '.last.pt'))
-
-    # what sample.py needs to know of the data
+    files = [args.out_dir / f'{args.arch}{suffix}' for suffix in ('.pt', '.last.pt', '.csv', '.pid')]
     meta = dict(data=args.data if args.data == 'nottingham' else str(Path(args.data).resolve()), source=dataset.source,
-                steps_per_beat=args.steps_per_beat, onsets=args.onsets, common_key=args.common_key,
+                representation=dataset.representation.settings, common_key=args.common_key,
                 tempo=float(np.median([song.tempo for song in dataset.songs['train']])))
+    return Setup(args, device, dataset, model, make_optimizers(model, args), meta, *files)
 
-    say(f'device: {device}, {torch.get_num_threads()} threads, {args.dtype} matrix products'
-        + f', {world} processes' * (world > 1))
+
+def claim(path):
+    """Tells of another process that trains under the same name, and notes this one's number in path."""
+    with contextlib.suppress(UserError, ValueError):
+        other = int(read_bytes(path, 20))
+        if other != os.getpid() and is_alive(other):
+            say(f'process {other} is training into {path.with_suffix("")}.* too, and the last to save wins: '
+                'use another --out_dir')
+    write_whole(path, str(os.getpid()).encode())
+
+
+def describe(setup):
+    """What is about to happen, in a few lines."""
+    args, dataset, config = setup.args, setup.dataset, setup.model.config
+    processes = f', {ranks()[1]} processes' * (ranks()[1] > 1)
+    say(f'device: {setup.device}, {torch.get_num_threads()} threads, {args.dtype} matrix products{processes}')
     if args.arch == 'rwkv':
-        say(wkv.describe(device))
-    say(f'data: {dataset.source}')
+        say(wkv.describe(setup.device))
+    say(f'data: {dataset.source}, as {args.representation} of {config.n_units} units')
     for split in data.SPLITS:
-        say(f'  {split}: {len(dataset.songs[split]):,} songs, {dataset.frames(split):,} frames, {dataset.beats(split):,.0f} beats')
-    say(f'model: {args.arch}, {args.head} head, {args.n_layer} layers of {args.n_embd} channels, '
-        f'{sum(p.numel() for p in model.parameters()):,} parameters')
-    limits = [f'{args.max_minutes:g} minutes'] * bool(args.max_minutes) + [f'{args.max_iters:,} steps'] * bool(args.max_iters)
-    say(f'training: {args.batch_size} windows of {args.block_size} frames a step, {" or ".join(limits)}, {args.optimizer}')
+        lengths = dataset.lengths(split)
+        say(f'  {split}: {len(lengths):,} songs, {lengths.sum():,} frames, {dataset.beats[split].sum():,.0f} beats')
+    if args.block_size > dataset.lengths('train').max():
+        say(f'  --block_size={args.block_size} is longer than every song: a window holds several')
+    say(f'model: {config.arch}, {config.head} head, {config.n_layer} layers of {config.n_embd} channels, '
+        f'{sum(p.numel() for p in setup.model.parameters()):,} parameters')
+    limits = [f'{args.max_minutes:g} minutes'] * bool(args.max_minutes)
+    limits += [f'{args.max_iters:,} steps'] * bool(args.max_iters)
+    say(f'training: {args.batch_size} windows of {args.block_size} frames a step, {" or ".join(limits)}')
 
-    optimizers = model.optimizers(args.optimizer, args.learning_rate, args.weight_decay, args.beta2)
-    best, rows, recent, spent, evaluating, step = math.inf, [], [], 0.0, 0.0, 0
-    if saved:
-        restore(saved, last, model, optimizers)
-        run = saved['run']
-        best, rows, recent, spent, evaluating, step = (run[name] for name in 'best rows recent spent evaluating step'.split())
-        begin -= run['elapsed']
-        saved.clear()       # lets go of the file, which the next save replaces
-        say(f'going on from {last}: step {step}, {clock(run["elapsed"])} of training')
-    loss_of = Loss(model, args.compile)
-    if world > 1:       # averages the gradients of all processes, each of which takes its own rows of a batch
-        loss_of = nn.parallel.DistributedDataParallel(loss_of, [device] if kind == 'cuda' else None)
-    mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
-    def progress():
-        """Share of the run that is done, by steps or by the clock; two validations are kept in reserve for the end."""
-        minutes = (time.perf_counter() - begin + 2 * evaluating) / 60
-        return max(step / args.max_iters if args.max_iters else 0, minutes / args.max_minutes if args.max_minutes else 0)
+def save_last(setup, run):
+    """Saves all that --resume needs."""
+    if ranks()[0]:
+        return
+    options = vars(setup.args) | dict(data=setup.meta['data'])
+    words = [f'--{name}={value}' for name, value in options.items()
+             if value is not None and name not in ('out_dir', 'resume')]
+    states = [optimizer.state_dict()['state'] for optimizer in setup.optimizers]
+    models.save_checkpoint(setup.last, setup.model, meta=setup.meta, run=vars(run), options=words, optimizers=states)
 
-    def save(path, valid, **more):
-        if rank == 0:
-            buffer = io.BytesIO()
-            torch.save(dict(version=VERSION, config=asdict(config), meta=meta, step=step, valid=valid,
-                            model=model.state_dict(), **more), buffer)
-            write_whole(path, buffer.getbuffer())
 
-    def save_last():
-        save(last, best, options=as_words(vars(args) | dict(data=meta['data'])), optimizers=[o.state_dict()['state'] for o in optimizers],
-             run=dict(step=step, elapsed=time.perf_counter() - begin, evaluating=evaluating, best=best, rows=rows,
-                      recent=recent, spent=spent))
+def validate(setup, run, done):
+    """Validates on a sample of the songs, and keeps the model if it is the best so far."""
+    if run.step:
+        save_last(setup, run)       # before validating: a run that goes on from here validates first of all
+    began = time.perf_counter()
+    valid = evaluate(setup.model, setup.dataset, 'valid', validation_frames(setup.args)).frame
+    run.validating += time.perf_counter() - began
+    run.validated = int(done * VALIDATIONS)
+    run.rows.append(dict(iter=run.step, minutes=round(run.seconds / 60, 3), valid=round(valid, 5)))
+    say(f'step {run.step}: valid {valid:.4f} nats/frame')
+    better = run.step and not valid >= run.best     # an untrained model replaces no checkpoint of an earlier run
+    if better:
+        run.best = valid
+        run.weights = {name: value.cpu().clone() for name, value in setup.model.state_dict().items()}
+    if ranks()[0] == 0:
+        if better:
+            models.save_checkpoint(setup.best, setup.model, meta=setup.meta, step=run.step, valid=valid)
+        save_rows(setup.table, run.rows)
 
-    stop = []           # signals that came in: the step is finished and the run saved before they are obeyed
+
+def catch_signals():
+    """A list into which SIGINT and SIGTERM go: the step is finished and the run saved before they are obeyed."""
+    caught = []
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: stop.append(signum))
+        signal.signal(signum, lambda signum, frame: caught.append(signum))
+    return caught
+
+
+def train(args, saved=None):
+    """Trains as the options say; saved: the content of a <arch>.last.pt to go on from. Returns the signal that stopped
+    it, or 0."""
+    rank, world = ranks()
+    setup = set_up(args)
+    _, device, dataset, model, optimizers, *_ = setup
+    parameters = list(model.parameters())
+    if rank == 0:
+        clear_parts(args.out_dir, args.arch)
+        claim(setup.claim)
+    describe(setup)
+    run = restore(saved, setup) if saved else Run()
+    saved = None
+    mixed = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != 'float32')
+    loss_of = torch.compile(model.loss) if args.compile else model.loss
+    signals = catch_signals()
+    begin = time.perf_counter() - run.seconds
     while True:
         # the first process has the clock, any of them may have got a signal; all must decide alike
-        done, stopped = together([progress() if rank == 0 else 0, max(stop, default=0)], device, largest=True)
-        done = min(1.0, done) if step else 0.0      # one step at least: the end needs a checkpoint of this run
+        run.seconds = time.perf_counter() - begin
+        done, due = (progress(run, args), is_due(run, args)) if rank == 0 else (0.0, False)
+        done, due, stopped = together([done, due, max(signals, default=0)], device, largest=True)
         if stopped:
-            save_last()
-            say(f'stopped at step {step}; to go on:  {go_on_command()}')
+            save_last(setup, run)
+            say(f'stopped at step {run.step}; to go on:  {go_on_command()}')
             return int(stopped)
-        if step % args.eval_interval == 0 or done == 1:
-            if step:        # an untrained model does not replace a checkpoint of an earlier run, here and below
-                save_last()         # before validating: a run that goes on from here validates first of all
-            start = time.perf_counter()
-            valid, _, _ = evaluate(model, dataset, 'valid')
-            evaluating = time.perf_counter() - start
-            minutes = (time.perf_counter() - begin) / 60
-            rows.append(dict(iter=step, minutes=round(minutes, 3), valid=round(valid, 5)))
-            say(f'step {step}: valid {valid:.4f} nats/frame')
-            if step and not valid >= best:
-                best = valid
-                save(checkpoint, valid)
-            if rank == 0:
-                save_rows(table, rows)
+        if due:
+            validate(setup, run, done)
         if done == 1:
             break
 
-        start = time.perf_counter()
-        warm = min(1.0, (step + 1) / (args.warmup_iters + 1))
-        lr = warm * (args.min_lr + (args.learning_rate - args.min_lr) * (0.5 + 0.5 * math.cos(math.pi * done)))
+        began = time.perf_counter()
+        lr = lr_at(run.step, done, args)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group['lr'] = lr
         # every process draws the whole batch and keeps its rows, so that their number does not change the music;
         # dropout differs. Seeds are made of the step, so that a resumed run goes on with the same random numbers
-        rng = np.random.default_rng((args.seed, step))
+        rng = np.random.default_rng((args.seed, run.step))
         torch.manual_seed(int(rng.integers(2 ** 62)) + rank)
-        x, place = (part[rank::world].to(device) for part in
-                    dataset.batch('train', args.batch_size, args.block_size, args.transpose, rng, history))
+        windows = dataset.batch('train', args.batch_size, args.block_size, args.transpose, rng, model.config.lookback)
+        pieces = [part[rank::world].to(device).chunk(args.gradient_accumulation_steps) for part in windows]
         loss = 0.0
-        for i, (piece, n) in enumerate(zip(x.chunk(pieces), place.chunk(pieces))):
-            with loss_of.no_sync() if world > 1 and i < pieces - 1 else nullcontext():     # gradients meet once a step
-                with mixed:
-                    nats = loss_of(piece[:, history:], piece[:, :history], n) / pieces
-                nats.backward()
+        for piece in zip(*pieces):
+            with mixed:
+                nats = loss_of(*piece) / args.gradient_accumulation_steps
+            nats.backward()
             loss += nats.detach()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        if world > 1:
+            average_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)   # flush the gradients early, their memory serves the next step
-        recent.append(together([loss.item()], device)[0] / world)
-        for name, value in (('loss', recent[-1]), ('length of the gradient', norm.item())):
-            if not math.isfinite(value):
-                raise UserError(f'the {name} is {value} at step {step}, most likely since the learning rate is too high: lower '
-                                f'--learning_rate or --grad_clip and train again; {checkpoint} has the best model so far')
-        spent += time.perf_counter() - start
-        step += 1
-        if step % args.log_interval == 0:
-            loss, rate = sum(recent) / len(recent), args.batch_size * args.block_size * len(recent) / spent
-            passed = time.perf_counter() - begin
-            left = min(60 * args.max_minutes - passed if args.max_minutes else math.inf,
-                       passed / step * (args.max_iters - step) if args.max_iters else math.inf)
-            say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} frames/s, {clock(left)} left', passing=True)
-            rows.append(dict(iter=step, minutes=round(passed / 60, 3), train=round(loss, 5), lr=lr, frames_per_second=round(rate)))
-            recent, spent = [], 0.0
-
-    if rank == 0:
-        model.load_state_dict(load_checkpoint(checkpoint)[1]['model'])
-    if world > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
-    test, songs, frames = evaluate(model, dataset, 'test')
-    rows.append(dict(iter=step, minutes=round((time.perf_counter() - begin) / 60, 3), test=round(test, 5)))
-    if rank == 0:
-        save_rows(table, rows)
-        say(f'data: {dataset.source}')
-        say(f'best checkpoint: {checkpoint}, valid {best:.4f} nats/frame; losses of all runs: {render.draw_losses(args.out_dir)}')
-        say(f'test: {test:.4f} nats/frame ({songs} songs, {frames:,} frames)')
+            optimizer.zero_grad(set_to_none=True)
+        run.losses.append(together([loss.item()], device)[0] / world)
+        check_finite(run.losses[-1], norm.item(), setup, run)
+        run.step += 1
+        run.spent += time.perf_counter() - began
+        if run.step % args.log_interval == 0:
+            log_progress(run, args, lr, time.perf_counter() - begin)
+    finish(setup, run)
     return 0
 
 
+def check_finite(loss, norm, setup, run):
+    """Raises UserError, before anything is saved, if the numbers have run away."""
+    for name, value in (('loss', loss), ('length of the gradient', norm)):
+        if not math.isfinite(value):
+            raise UserError(f'the {name} is {value} at step {run.step}, since the learning rate is too high, most likely: '
+                            f'lower --learning_rate or --grad_clip and train again; '
+                            f'{setup.best} has the best model so far')
+
+
+def log_progress(run, args, lr, seconds):
+    """A progress line, and a row of the table."""
+    loss = sum(run.losses) / len(run.losses)
+    rate = args.batch_size * args.block_size * len(run.losses) / run.spent
+    left = min(60 * args.max_minutes - seconds if args.max_minutes else math.inf,
+               seconds / run.step * (args.max_iters - run.step) if args.max_iters else math.inf)
+    left = minutes(max(0, left))
+    say(f'step {run.step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} frames/s, {left} left', passing=True)
+    run.rows.append(dict(iter=run.step, minutes=round(seconds / 60, 3), train=round(loss, 5), lr=lr,
+                         frames_per_second=round(rate)))
+    run.losses = []
+    run.spent = 0.0
+
+
+def finish(setup, run):
+    """Scores the best model on all validation and test songs, and says where everything is."""
+    model = setup.model
+    model.load_state_dict(run.weights)
+    scores = {split: evaluate(model, setup.dataset, split) for split in ('valid', 'test')}
+    row = dict(iter=run.step, minutes=round(run.seconds / 60, 3))
+    for split, score in scores.items():
+        row |= {f'best_{split}': round(score.frame, 5), f'best_{split}_beat': round(score.beat, 5)}
+    run.rows.append(row)
+    if ranks()[0]:
+        return
+    models.save_checkpoint(setup.best, model, meta=setup.meta, step=run.step, valid=scores['valid'].frame,
+                           scores={split: score._asdict() for split, score in scores.items()})
+    save_rows(setup.table, run.rows)
+    setup.claim.unlink(missing_ok=True)
+    say(f'data: {setup.dataset.source}')
+    say(f'best model: {setup.best}; losses of all runs: {render.draw_losses(setup.args.out_dir)}')
+    for split, score in scores.items():
+        say(f'{split}: {score.frame:.4f} nats/frame, {score.beat:.4f} nats/beat '
+            f'({score.songs} songs, {score.frames:,} frames)')
+
+
 def main():
+    args = parse_args()
+    saved = None
+    if args.resume:
+        saved = load_last(args.out_dir / f'{args.arch}.last.pt')
+        args = parse_args([*saved['options'], *sys.argv[1:], f'--arch={args.arch}', f'--out_dir={args.out_dir}'])
     try:
-        args, saved = parse_args(), None
-        if args.resume:
-            saved = load_last(args.out_dir / f'{args.arch}.last.pt')
-            args = parse_args([*saved['options'], *sys.argv[1:], f'--arch={args.arch}', f'--out_dir={args.out_dir}'])
-        stopped = fit(args, saved)
+        stopped = train(args, saved)
         if ranks()[1] > 1:
             dist.destroy_process_group()
         if stopped:
             sys.exit(128 + stopped)
-    except (UserError, CheckpointError) as e:
-        exit_with(e)
-    except KeyboardInterrupt:       # while it was still reading the music
-        exit_with('stopped before the first step', 130)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == '__main__':
-    main()
+    data.run(main, '--batch_size, --block_size or --n_embd, or raise --gradient_accumulation_steps')

@@ -36,10 +36,12 @@ Forward saves the state at the start of each chunk; backward needs nothing else.
 enum { LANES = 1, THREADS = 32, WARPS = 16, PADDED = 1 };
 typedef float F;
 #define FN __device__ __forceinline__
+#define SHARED(T) extern __shared__ float4 shared[]; T* const part = (T*)shared
 FN F exp_minus(F x) { return __expf(-fabsf(x)); }  // e^-|x|
 FN F inverse(F x) { return __fdividef(1.f, x); }
-FN F get(const float* p, int) { return *p; }
-FN F get(const uint16_t* p, int) { return __uint_as_float((uint32_t)*p << 16); }  // bfloat16
+// No kernel writes what it reads: __ldg says so, and lets a load go before the stores above it.
+FN F get(const float* p, int) { return __ldg(p); }
+FN F get(const uint16_t* p, int) { return __uint_as_float((uint32_t)__ldg(p) << 16); }  // bfloat16
 FN void put(float* p, F x, int) { *p = x; }
 FN void put(uint16_t* p, F x, int) {
     uint32_t bits = __float_as_uint(x);
@@ -58,7 +60,7 @@ static thread_local struct { int x, y; } blockIdx;
 static constexpr struct { int x, y; } threadIdx = {0, 0}, blockDim = {1, 1};
 #define FN inline __attribute__((always_inline))
 #define __global__ static
-#define __shared__
+#define SHARED(T) T part[4]
 #define __launch_bounds__(threads, blocks)
 #define __syncthreads()
 FN F exp_minus(F x) {  // 2^n e^r, |r| <= ln(2)/2, e^r as a polynomial: relative error 1e-7
@@ -90,9 +92,12 @@ FN void put(uint16_t* p, F x, int m) {
 FN void prefetch(const void* p) { __builtin_prefetch(p); }
 #endif
 
-// --- the arithmetic, the same for both, on one chunk at a time
-struct State { F a, b, p, n; };
-struct Adjoint { F M, L, R, S; };
+// ---------------------------------------------------------------------------------------------------------------------
+// The arithmetic, the same for both, on one chunk at a time
+
+// alignas: a thread of a GPU reads and writes one in shared memory with a single instruction
+struct alignas(16) alignas(F) State { F a, b, p, n; };
+struct alignas(16) alignas(F) Adjoint { F M, L, R, S; };
 struct Step { F h, r, d, q, gf, gm; };  // r = 1 - h, gf = g f, gm = g (1-f)
 #define NOTHING State{F(), F(), F() - 1e38f, F()}
 #define IDENTITY Adjoint{F(), F(), F() + 1.f, F()}
@@ -172,27 +177,36 @@ FN void gradients(Adjoint& next, F& dw, F& du, const Step* steps, F* dk, F* dv, 
     }
 }
 
-// --- memory. wkv.py fills in Args. Tensors are contiguous; the last line's may be bfloat16 (Io).
-struct Args {
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory. Tensors are contiguous; k, v, y, g, dk, dv may be bfloat16 (Io).
+
+struct Args {  // launch in wkv.py fills them in, in this order
     int64_t where;  // how many threads (CPU), which stream (GPU)
-    int B, T, C, bf16, segments, warps;
-    float *w, *u, *state, *last;  // (C), (C), (B, 3, C), (B, 3, C)
-    float *saved, *scan, *dwu;  // (B, chunks, 3, C), (B, segments, 4, C), (B, segments * warps, 2, C)
-    void *k, *v, *y, *g, *dk, *dv;  // (B, T, C)
+    int64_t B, T, C, bf16, segments, warps;
+    const float *w, *u;  // (C)
+    const void *k, *v;  // (B, T, C)
+    float *saved, *scan;  // (B, chunks, 3, C), (B, segments, 4, C)
+    union {
+        struct { const float* state; float* last; void* y; } fw;  // (B, 3, C) twice, (B, T, C)
+        struct { const void* g; void *dk, *dv; float *dw, *du; } bw;  // (B, T, C), then (B, segments * warps, C)
+    };
 };
 struct Site {  // where a thread works: m channels from c on of batch row b, steps begin to end - 1
-    int C, m, b, c, begin, end, span;
+    int C, m, b, c, warps;
+    int64_t begin, end, span;
     FN Site(const Args& a) {
         const int row = (a.C + THREADS * LANES - 1) / (THREADS * LANES), stretch = a.warps * CHUNK;
-        C = a.C, b = blockIdx.x / row, c = (blockIdx.x % row * THREADS + threadIdx.x) * LANES;
+        C = a.C, warps = a.warps, b = blockIdx.x / row, c = (blockIdx.x % row * THREADS + threadIdx.x) * LANES;
         m = C - c < LANES ? C - c : LANES;
         if (m <= 0) m = c = 0;  // past the last channel: comes along to the barriers, does nothing
         span = ((a.T + stretch - 1) / stretch + a.segments - 1) / a.segments * stretch;
-        begin = blockIdx.y * span, end = begin + span < a.T ? begin + span : a.T;
+        begin = blockIdx.y * span < a.T ? blockIdx.y * span : a.T;  // the last segments may be empty
+        end = begin + span < a.T ? begin + span : a.T;
     }
     // steps of the chunk at t; the place of a row among a batch row's rows, each width * C wide
-    FN int live(int t) const { return !m ? 0 : end - t < CHUNK ? end - t : CHUNK; }
-    FN int64_t at(int rows, int row, int width) const { return ((int64_t)b * rows + row) * width * C + c; }
+    FN int live(int64_t t) const { return !m ? 0 : end - t < CHUNK ? end - t : CHUNK; }
+    FN int64_t at(int64_t rows, int64_t row, int width) const { return (b * rows + row) * width * C + c; }
+    FN int shared(int half, int warp) const { return (half * (warps + 1) + warp) * THREADS + threadIdx.x; }
 };
 template <class Io>
 FN void read(F* x, const void* p, const Site& me, int64_t at, int live, int ahead, float none) {
@@ -217,20 +231,22 @@ FN void save_state(float* p, const Site& me, const State& s, F w) {  // p - nw a
     put(p, s.a * e, me.m), put(p + me.C, s.b * e, me.m), put(p + 2 * me.C, p_nw, me.m);
 }
 
-// --- the passes. What threads share has two halves, used in turns: whoever writes to one knows by the last
-// barrier that all have read it, so that a turn needs a single __syncthreads().
+// ---------------------------------------------------------------------------------------------------------------------
+// The passes. What threads share, a part from each warp and the carry from the stretch before, has two halves, used in
+// turns: whoever writes to one knows by the last barrier that all have read it, so a turn needs one __syncthreads().
+
 template <class Io>
 __global__ void __launch_bounds__(THREADS * WARPS, 1) forward(const Args a, const int pass) {
-    __shared__ State sums[2][WARPS][THREADS], carry[2][THREADS];
+    SHARED(State);
     const Site me(a);
-    const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, stretch = warps * CHUNK;
+    const int warp = threadIdx.y, warps = a.warps, stretch = warps * CHUNK;
     const F w = get(a.w + me.c, me.m), u = get(a.u + me.c, me.m);
     State s = NOTHING;
-    if (pass == 3) s = load_state(a.state + me.at(1, 0, 3), me);
+    if (pass == 3) s = load_state(a.fw.state + me.at(1, 0, 3), me);
     for (int i = 0; pass == 3 && i < blockIdx.y; i++)
         join(s, load_state(a.scan + me.at(a.segments, i, 4), me), w, me.span);
-    if (warp == 0) carry[0][lane] = s;
-    int t = me.begin + warp * CHUNK;
+    if (warp == 0) part[me.shared(0, warps)] = s;
+    int64_t t = me.begin + warp * CHUNK;
     for (int odd = 0; t - warp * CHUNK < me.end; t += stretch, odd ^= 1) {
         const int64_t at = me.at(a.T, t, 1);
         const int live = me.live(t), len = PADDED ? CHUNK : live;
@@ -239,27 +255,27 @@ __global__ void __launch_bounds__(THREADS * WARPS, 1) forward(const Args a, cons
         read<Io>(v, a.v, me, at, live, stretch, 0.f);
         State own = NOTHING;
         if (pass == 1 || warp < warps - 1) own_sums(own, w, k, v, len);
-        sums[odd][warp][lane] = own;
+        part[me.shared(odd, warp)] = own;
         __syncthreads();
-        s = carry[odd][lane];
-        for (int i = 0; i < warp; i++) join(s, sums[odd][i][lane], w, CHUNK);
+        s = part[me.shared(odd, warps)];
+        for (int i = 0; i < warp; i++) join(s, part[me.shared(odd, i)], w, CHUNK);
         if (pass == 3) {
             if (live > 0) save_state(a.saved + me.at((a.T + CHUNK - 1) / CHUNK, t / CHUNK, 3), me, s, w);
             outputs(s, w, u, k, v, len);
-            write<Io>(a.y, v, me, at, live);
+            write<Io>(a.fw.y, v, me, at, live);
         } else join(s, own, w, len);
-        if (warp == warps - 1) carry[odd ^ 1][lane] = s;
+        if (warp == warps - 1) part[me.shared(odd ^ 1, warps)] = s;
     }
     if (!me.m || warp < warps - 1) return;
     if (PADDED) s.n -= float(t - warp * CHUNK - me.end);
     if (pass == 1) save_state(a.scan + me.at(a.segments, blockIdx.y, 4), me, s, w);
-    else if (me.begin < a.T && me.end == a.T) save_state(a.last + me.at(1, 0, 3), me, s, w);
+    else if (me.begin < a.T && me.end == a.T) save_state(a.fw.last + me.at(1, 0, 3), me, s, w);
 }
 template <class Io>
 __global__ void __launch_bounds__(THREADS * WARPS, 1) backward(const Args a, const int pass) {
-    __shared__ Adjoint maps[2][WARPS][THREADS], carry[2][THREADS];
+    SHARED(Adjoint);
     const Site me(a);
-    const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, stretch = warps * CHUNK;
+    const int warp = threadIdx.y, warps = a.warps, stretch = warps * CHUNK;
     const F w = get(a.w + me.c, me.m), u = get(a.u + me.c, me.m);
     F dw = F(), du = F();
     Adjoint next = IDENTITY;
@@ -268,8 +284,8 @@ __global__ void __launch_bounds__(THREADS * WARPS, 1) backward(const Args a, con
         pass_back(next, {get(p, me.m), get(p + me.C, me.m), get(p + 2 * me.C, me.m),
                          get(p + 3 * me.C, me.m)});
     }
-    if (warp == 0) carry[0][lane] = next;
-    int t = me.begin + (me.end - 1 - me.begin) / stretch * stretch + warp * CHUNK;
+    if (warp == 0) part[me.shared(0, warps)] = next;
+    int64_t t = me.begin + (me.end - 1 - me.begin) / stretch * stretch + warp * CHUNK;
     for (int odd = 0; t >= me.begin; t -= stretch, odd ^= 1) {
         const int64_t at = me.at(a.T, t, 1);
         const int live = me.live(t), len = PADDED ? CHUNK : live;
@@ -277,48 +293,50 @@ __global__ void __launch_bounds__(THREADS * WARPS, 1) backward(const Args a, con
         Step steps[CHUNK];
         read<Io>(k, a.k, me, at, live, -stretch, -2e38f);
         read<Io>(v, a.v, me, at, live, -stretch, 0.f);
-        read<Io>(g, a.g, me, at, live, -stretch, 0.f);
+        read<Io>(g, a.bw.g, me, at, live, -stretch, 0.f);
         State s = {F(), F() + 1.f, F(), F()};
         if (live > 0) s = load_state(a.saved + me.at((a.T + CHUNK - 1) / CHUNK, t / CHUNK, 3), me);
         Adjoint own = IDENTITY;
         gates(own, s, w, u, k, v, g, steps, len);
-        maps[odd][warp][lane] = own;
+        part[me.shared(odd, warp)] = own;
         __syncthreads();
-        next = carry[odd][lane];
-        for (int i = warps - 1; i > warp; i--) pass_back(next, maps[odd][i][lane]);
+        next = part[me.shared(odd, warps)];
+        for (int i = warps - 1; i > warp; i--) pass_back(next, part[me.shared(odd, i)]);
         if (pass == 3) {
             gradients(next, dw, du, steps, k, v, len);
-            write<Io>(a.dk, k, me, at, live);
-            write<Io>(a.dv, v, me, at, live);
+            write<Io>(a.bw.dk, k, me, at, live);
+            write<Io>(a.bw.dv, v, me, at, live);
         } else pass_back(next, own);
-        if (warp == 0) carry[odd ^ 1][lane] = next;
+        if (warp == 0) part[me.shared(odd ^ 1, warps)] = next;
     }
     if (me.m && pass == 3) {
-        float* p = a.dwu + me.at(a.segments * warps, blockIdx.y * warps + warp, 2);
-        put(p, dw, me.m), put(p + me.C, du, me.m);
+        const int64_t at = me.at(a.segments * warps, blockIdx.y * warps + warp, 1);
+        put(a.bw.dw + at, dw, me.m), put(a.bw.du + at, du, me.m);
     } else if (me.m && warp == 0) {
         float* p = a.scan + me.at(a.segments, blockIdx.y, 4);
         put(p, next.M, me.m), put(p + me.C, next.L, me.m);
         put(p + 2 * me.C, next.R, me.m), put(p + 3 * me.C, next.S, me.m);
     }
 }
-static int run(void (*kernel)(Args, int), const Args& a) {
-    const int blocks = a.B * ((a.C + THREADS * LANES - 1) / (THREADS * LANES));
+// what CUDA says of an error, or null
+static const char* run(void (*kernel)(Args, int), const Args& a) {
+    const int64_t blocks = a.B * ((a.C + THREADS * LANES - 1) / (THREADS * LANES));
     for (int pass = a.segments > 1 ? 1 : 3; pass <= 3; pass += 2) {
 #ifdef __CUDACC__
-        kernel<<<dim3(blocks, a.segments), dim3(THREADS, a.warps), 0, (cudaStream_t)a.where>>>(a, pass);
-        if (int error = cudaGetLastError()) return error;
+        const size_t shared = 2 * (a.warps + 1) * THREADS * sizeof(State);
+        kernel<<<dim3(blocks, a.segments), dim3(THREADS, a.warps), shared, (cudaStream_t)a.where>>>(a, pass);
+        if (cudaError_t error = cudaGetLastError()) return cudaGetErrorString(error);
 #else
         #pragma omp parallel for schedule(dynamic) num_threads(a.where)
-        for (int i = 0; i < blocks * a.segments; i++) {
-            blockIdx = {i / a.segments, i % a.segments};
+        for (int64_t i = 0; i < blocks * a.segments; i++) {
+            blockIdx = {int(i / a.segments), int(i % a.segments)};
             kernel(a, pass);
         }
 #endif
     }
-    return 0;
+    return nullptr;
 }
 extern "C" {
-int wkv_forward(const Args* a) { return run(a->bf16 ? forward<uint16_t> : forward<float>, *a); }
-int wkv_backward(const Args* a) { return run(a->bf16 ? backward<uint16_t> : backward<float>, *a); }
+const char* wkv_forward(const Args* a) { return run(a->bf16 ? forward<uint16_t> : forward<float>, *a); }
+const char* wkv_backward(const Args* a) { return run(a->bf16 ? backward<uint16_t> : backward<float>, *a); }
 }

@@ -1,0 +1,1515 @@
+"""What musicians read and write: MIDI files and ABC tunes in and out, the key and the metre of a tune.
+
+A *note* is a row (key, onset, end): key 0..87 counts from A0, times are in beats, that is quarter notes.
+N is the number of notes in a tune.
+"""
+
+import bisect
+import contextlib
+import errno
+import functools
+import io
+import itertools
+import os
+import re
+import sys
+import unicodedata
+from dataclasses import dataclass
+from dataclasses import field
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import mido
+import numpy as np
+
+# the piano: A0 is MIDI note 21, C8 is 108
+LOWEST = 21
+KEYS = 88
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+class UserError(ValueError):
+    """Something the user can mend: one sentence that names the file or option, and the mend."""
+
+    def __init__(self, sentence):
+        line = printable(sentence)
+        super().__init__(line if len(line) <= 300 else line[:297] + '...')
+
+
+def printable(text):
+    """Names and titles come from files: what would move the cursor, or not encode, must not reach the terminal."""
+    return ''.join(c if c.isprintable() else '?' for c in str(text))
+
+
+def read_bytes(path, limit=None):
+    """The bytes of a user's file, at most `limit`. This is the one place where such a file is opened.
+
+    Raises UserError if it is too large or cannot be read; a pipe would hang and a device might never end."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(errno.EINVAL, 'it is no plain file')
+        with open(path, 'rb') as file:
+            return open_music(file, path, '', limit)[0]
+    except OSError as e:
+        raise UserError(f'cannot read {path} ({e.strerror}): give the path of a file you may read') from None
+
+
+def open_music(file, name, kind, limit):
+    """(bytes, name) of what a reader is given: a path, the bytes themselves, or a binary file object."""
+    if isinstance(file, (str, os.PathLike)):
+        return read_bytes(file, limit), name or Path(file).name
+    content = file if isinstance(file, bytes) else file.read(-1 if limit is None else limit + 1)
+    name = name or kind
+    if limit is not None and len(content) > limit:
+        raise UserError(f'{name} is larger than {limit >> 10:,} KB: cut it, or leave it out')
+    return content, name
+
+
+def check_writable(path):
+    """Raises UserError unless path is a plain file or a new one in a folder that is there: what is written replaces
+    the file, and that would be the end of a link or a device."""
+    folder = os.path.dirname(path) or '.'
+    if not os.path.isdir(folder):
+        raise UserError(f'cannot write {path}: there is no folder {folder}; make it, or give another path')
+    if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f'cannot write {path}: it is a link, a folder or a device; give the path of a plain file')
+
+
+def write_whole(path, content):
+    """Write bytes to a file that is there whole or not at all, even if the machine stops: to a temporary file, then
+    flush, fsync, rename. Raises UserError if that fails; the file keeps what it had."""
+    check_writable(path)
+    part = f'{path}.{os.getpid()}.part'
+    try:
+        with open(part, 'wb') as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise UserError(f'cannot write {path} ({e.strerror}): make room, or give a path you may write to') from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+def clear_parts(folder, stem):
+    """Remove the half-written files `stem.*.PID.part` of processes that are no more, unless it is not allowed."""
+    with contextlib.suppress(OSError):
+        for path in Path(folder).iterdir():
+            match = re.fullmatch(rf'{re.escape(stem)}\..*\.([1-9]\d*)\.part', path.name)
+            if match and not is_alive(int(match[1])):
+                path.unlink()
+
+
+def is_alive(pid):
+    """Is there a process of this number?"""
+    try:
+        os.kill(pid, 0)
+    # it is another user's
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Songs
+
+class Song(NamedTuple):
+    """A tune; what its file does not tell is None."""
+    name: str
+    # (N, 3) float64 rows (key 0..87, onset, end), times in beats, sorted by (onset, key)
+    notes: np.ndarray
+    # quarter notes a minute, for playback
+    tempo: float = 120.0
+    # key signature: sharps, or minus the flats
+    sharps: int | None = None
+    minor: bool = False
+    # such as '6/8'
+    metre: str | None = None
+    # the beat where the first full bar begins
+    pickup: float | None = None
+    # notes outside A0..C8, left out
+    dropped: int = 0
+    # beats of silence at the end, after the last note
+    silence: float = 0.0
+    # the ABC it was read from: its fields M, L and K, and the music
+    text: str | None = None
+
+
+def song_from_rows(name, rows, **more):
+    """A Song from rows (MIDI note, onset, end) in any order; `more` are other fields of Song."""
+    notes = as_notes(rows) - [LOWEST, 0, 0]
+    on_piano = (notes[:, 0] >= 0) & (notes[:, 0] < KEYS)
+    return Song(name, one_per_key(notes[on_piano]), dropped=int((~on_piano).sum()), **more)
+
+
+def as_notes(rows):
+    """Rows, or none, as a float64 array (N, 3)."""
+    return np.asarray(rows, dtype=np.float64).reshape(-1, 3)
+
+
+def one_per_key(notes):
+    """A piano has one of each key: a key struck again ends its note; struck twice at once it sounds once."""
+    # by key, onset, longest first
+    notes = notes[np.lexsort((-notes[:, 2], notes[:, 1], notes[:, 0]))]
+    again = (notes[1:, :2] == notes[:-1, :2]).all(1)
+    notes = notes[np.concatenate([[True], ~again])[:len(notes)]]
+    cut = np.flatnonzero(notes[1:, 0] == notes[:-1, 0])
+    notes[cut, 2] = np.minimum(notes[cut, 2], notes[cut + 1, 1])
+    return notes[np.lexsort((notes[:, 0], notes[:, 1]))]
+
+
+def is_melody(notes):
+    """(N, 3) notes to (N,) booleans: a note is melody if nothing higher sounds, or starts with it, at its onset."""
+    notes = as_notes(notes)
+    melody = np.zeros(len(notes), dtype=bool)
+    # when each key falls silent
+    until = np.full(KEYS + 1, -np.inf)
+    # at one onset the highest comes first
+    for i in np.lexsort((-notes[:, 0], notes[:, 1])):
+        key = int(notes[i, 0])
+        melody[i] = until[key + 1:].max() <= notes[i, 1] + 1e-6
+        until[key] = max(until[key], notes[i, 2])
+    return melody
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MIDI
+
+# ticks to a beat in the files we write
+TICKS = 480
+# bytes in a file: a piano concerto has 0.5 MB; the largest that is read costs 2 s
+MAX_MIDI = 2 << 20
+# kinds of events: the status byte without its channel; what is no music (tempo, key, text) is 0x100 + its type
+NOTE_OFF = 0x80
+NOTE_ON = 0x90
+CONTROLLER = 0xB0
+END_OF_TRACK = 0x12F
+TEMPO = 0x151
+TIME_SIGNATURE = 0x158
+KEY_SIGNATURE = 0x159
+KINDS = {NOTE_OFF, NOTE_ON, CONTROLLER, TEMPO, TIME_SIGNATURE, KEY_SIGNATURE}
+# how many data bytes follow the status byte; those that are not here have none
+DATA_BYTES = {0x80: 2, 0x90: 2, 0xA0: 2, 0xB0: 2, 0xC0: 1, 0xD0: 1, 0xE0: 2, 0xF1: 1, 0xF2: 2, 0xF3: 1}
+# the controller that is the sustain pedal, and the channel of the drums, counted from 0
+PEDAL = 64
+PERCUSSION = 9
+
+
+def read_midi(file, name=None):
+    """Read a MIDI file of type 0 or 1 (a path, its bytes, or a binary file object) into a Song.
+
+    Notes come from every track and channel but percussion (channel 10), held by the sustain pedal. Like a player it
+    goes by the tracks that are there, not by counts and lengths, and passes over an event that makes no sense.
+    Raises UserError if the file is cut off, or has no tracks or no beats.
+    Source: Standard MIDI Files 1.0 (RP-001); the pedal as in Magenta's note-seq (apply_sustain_control_changes).
+    """
+    content, name = open_music(file, name, 'a MIDI file', MAX_MIDI)
+    # not always at the start: a .rmi is a RIFF file around a MIDI file
+    head = content.find(b'MThd')
+    start = content.find(b'MTrk', head)
+    if head < 0 or start < 0:
+        raise UserError(f'{name} is not a MIDI file with tracks in it: replace it or leave it out')
+    kind = int.from_bytes(content[head + 8:head + 10])
+    ticks_per_beat = int.from_bytes(content[head + 12:head + 14])
+    if kind > 1 or not 0 < ticks_per_beat < 0x8000:
+        what = f'type {kind}' if kind > 1 else 'SMPTE time'
+        raise UserError(f'{name} is a MIDI file of {what}: save it as type 0 or 1 with time in beats')
+    tracks = []
+    try:
+        while start >= 0:
+            track, end = read_track(content, start)
+            tracks.append(track)
+            start = content.find(b'MTrk', end)
+    except (IndexError, OverflowError) as e:
+        what = 'it ends in the midst of an event' if isinstance(e, IndexError) else e
+        raise UserError(f'{name} is not a whole MIDI file ({what}): replace it or leave it out') from None
+    return song_from_tracks(name, tracks, ticks_per_beat)
+
+
+def read_track(content, start):
+    """The events (tick, kind, channel, data) of the track whose MTrk stands at start, and where it ends.
+
+    Raises IndexError where the file ends too early, OverflowError where a number has no end."""
+    i = start + 8
+    # where the next track begins, or at the end of the file (-1 % (n + 1) is n)
+    end = content.find(b'MTrk', i) % (len(content) + 1)
+    # the length that is stated counts only if there is no end of track
+    if content.find(b'\xff\x2f\0', i, end) < 0:
+        end = min(end, i + int.from_bytes(content[start + 4:i]))
+    events = []
+    tick = 0
+    # the status byte of the latest event of a channel
+    running = 0
+    kind = None
+    while i < end and kind != END_OF_TRACK:
+        delta, i = read_number(content, i)
+        tick += delta
+        status = content[i]
+        if status >= 0x80:
+            i += 1
+        # that was data already: it is an event like the one before
+        else:
+            status = running
+        kind = status
+        if status < 0xF0:
+            running = status
+            kind = status & 0xF0
+        elif status == 0xFF:
+            kind = 0x100 + content[i]
+            i += 1
+        size = DATA_BYTES.get(kind, 0)
+        if status in (0xF0, 0xF7, 0xFF):
+            size, i = read_number(content, i)
+        if i + size > len(content):
+            raise IndexError
+        if kind in KINDS:
+            events.append((tick, kind, status & 15, content[i:i + size]))
+        i += size
+    return events + [(tick, END_OF_TRACK, 0, b'')], i
+
+
+def read_number(content, i):
+    """A number of seven bits a byte, the last byte below 128, and where it ends. Up to four bytes are legal."""
+    number = 0
+    for j in range(i, i + 8):
+        number = number << 7 | content[j] & 127
+        if content[j] < 128:
+            return number, j + 1
+    raise OverflowError('endless delta time')
+
+
+def song_from_tracks(name, tracks, ticks_per_beat):
+    """The Song of tracks, each a list of events."""
+    last = max(track[-1][0] for track in tracks)
+    rows = [row for track in tracks for row in notes_of_track(track, last)]
+    others = [event for track in tracks for event in track if event[1] >= CONTROLLER]
+    others.sort(key=lambda event: event[0])
+    hold_by_pedal(rows, others, last)
+    told = signatures(others, min((row[1] for row in rows), default=0), ticks_per_beat)
+    beats = as_notes([row[:3] for row in rows]) / [1, ticks_per_beat, ticks_per_beat]
+    silence = last / ticks_per_beat - beats[:, 2].max(initial=0)
+    return song_from_rows(name, beats, silence=silence, **told)
+
+
+def notes_of_track(events, last):
+    """Rows [MIDI note, tick, end tick, channel]; a note that is never released ends with the file."""
+    rows = []
+    # (channel, note) -> (its row, did it cut the same note?)
+    down = {}
+    for tick, kind, channel, data in events:
+        if kind > NOTE_ON or channel == PERCUSSION or data[0] > 127:
+            continue
+        at = channel, data[0]
+        # a velocity above 127 makes no sense, the strike does
+        if kind == NOTE_ON and data[1] > 0:
+            if at in down:
+                down[at][0][2] = tick
+            rows.append([data[0], tick, last, channel])
+            down[at] = rows[-1], at in down
+        # else it is the late release of the note that was just cut
+        elif at in down and not (down[at][1] and down[at][0][1] == tick):
+            down.pop(at)[0][2] = tick
+    return rows
+
+
+def hold_by_pedal(rows, events, last):
+    """Lengthen the rows that end while their channel's pedal is down: to where it goes up, or the end of the file."""
+    # channel -> [(tick, does the pedal go down?)], by turns up and down
+    moves = {}
+    for tick, kind, channel, data in events:
+        if kind == CONTROLLER and data[0] == PEDAL and data[1] < 128:
+            turns = moves.setdefault(channel, [(0, False)])
+            if turns[-1][1] != (data[1] >= 64):
+                turns.append((tick, data[1] >= 64))
+    for row in rows:
+        turns = moves.get(row[3], [])
+        # the first turn after the note's end
+        i = bisect.bisect(turns, row[2], key=lambda turn: turn[0])
+        if i > 0 and turns[i - 1][1]:
+            row[2] = turns[i][0] if i < len(turns) else last
+
+
+def signatures(events, first_note, ticks_per_beat):
+    """Fields of Song that events tell, in order of time: the tempo at the first note, the first key and metre."""
+    # what holds until another is told
+    told = dict(tempo=120.0)
+    # beat -> metre
+    metres = {}
+    for tick, kind, _, data in events:
+        if kind == TEMPO and len(data) == 3 and any(data) and tick <= first_note:
+            told['tempo'] = 6e7 / int.from_bytes(data)
+        elif kind == KEY_SIGNATURE and len(data) == 2 and 'sharps' not in told:
+            count = int.from_bytes(data[:1], signed=True)
+            if abs(count) <= 7 and data[1] < 2:
+                told.update(sharps=count, minor=data[1] == 1)
+        elif kind == TIME_SIGNATURE and len(data) > 1 and data[0] > 0 and data[1] < 7:
+            metres.setdefault(tick / ticks_per_beat, f'{data[0]}/{2 ** data[1]}')
+    if metres:
+        told['metre'] = next(iter(metres.values()))
+    # a first bar that is shorter than the next is a pickup
+    if len(metres) > 1:
+        (_, short), (begin, metre) = list(metres.items())[:2]
+        if abs(bar_beats(short) - begin) < 0.01 and begin < bar_beats(metre):
+            told.update(metre=metre, pickup=begin)
+    return told
+
+
+def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metre=None, pickup=0.0):
+    """Write notes (N, 3), times in beats, as a MIDI file of type 0.
+
+    tempo: quarter notes a minute; name: the track's; sharps, minor: its key signature; metre: such as '6/8', the first
+    full bar beginning at the beat `pickup`; what comes before is a short bar, so that editors draw the bars right.
+    The file appears whole or not at all. Raises UserError if it cannot be written.
+    """
+    # (tick, rank in the tick, message): signatures, then releases, then strikes
+    events = [(0, 0, mido.MetaMessage('track_name', name=printable(name)))]
+    # three bytes: no slower than 3.6 beats a minute
+    micros = min(max(round(6e7 / tempo), 1), 0xFFFFFF)
+    events.append((0, 0, mido.MetaMessage('set_tempo', tempo=micros)))
+    if sharps is not None:
+        events.append((0, 0, mido.MetaMessage('key_signature', key=key_name(sharps, minor))))
+    if metre:
+        events += [(round(beat * TICKS), 0, message) for beat, message in time_signatures(metre, pickup or 0)]
+    for key, onset, end in one_per_key(as_notes(notes)):
+        note = int(key) + LOWEST
+        tick = round(onset * TICKS)
+        end_tick = max(round(end * TICKS), tick + 1)
+        events.append((tick, 2, mido.Message('note_on', note=note, velocity=80)))
+        events.append((end_tick, 1, mido.Message('note_on', note=note, velocity=0)))
+    events.sort(key=lambda event: event[:2])
+    track = mido.MidiTrack()
+    now = 0
+    for tick, _, message in events:
+        message.time = tick - now
+        track.append(message)
+        now = tick
+    buffer = io.BytesIO()
+    mido.MidiFile(type=0, ticks_per_beat=TICKS, charset='utf-8', tracks=[track]).save(file=buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def time_signatures(metre, pickup):
+    """(beat, message) of a metre, and before it of the short bar that a pickup is, if a number of 64ths can tell it."""
+    count, unit = map(int, metre.split('/'))
+    # the metronome clicks with the beat: a dotted quarter has 36 clocks, a quarter 24
+    clocks = 36 if unit == 8 and count % 3 == 0 else 24
+    full = mido.MetaMessage('time_signature', numerator=count, denominator=unit, clocks_per_click=clocks)
+    length = Fraction(pickup) / 4
+    if length <= 0 or 64 % length.denominator:
+        return [(0, full)]
+    unit = max(4, length.denominator)
+    short = mido.MetaMessage('time_signature', numerator=int(length * unit), denominator=unit)
+    return [(0, short), (pickup, full)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ABC in
+
+# A tune is read in three steps. `Page.spell` turns the written music into events, with every pitch and length worked
+# out (what the order on the page decides); `arrange` puts the events into the order of playing; `play` counts time.
+
+# bytes in an ABC file
+MAX_BOOK = 64 << 20
+# characters in a tune, and events in its playing: they bound what a hostile tune can cost
+MAX_TUNE = 40_000
+# how often a part is played
+MAX_TURNS = 9
+# how many skipped tunes of a book are told one by one
+MAX_TOLD = 5
+
+SIGN = r'(?:\^\^?|__?|=)'
+LENGTH = r'(?:[1-9]\d{0,2})?/{0,4}(?:[1-9]\d{0,2})?'
+NOTE = re.compile(rf"({SIGN}?)([A-Ga-g])([,']*)({LENGTH})(-?)")
+DECORATION = r'![^!\s|"\[\]][^!\n|"\[\]]*! | \+[^+\s|]+\+'
+WORDS = re.compile(rf'"[^"]*" | {DECORATION}', re.VERBOSE)
+# One group for each kind of token; no two of them can share long stretches of text, so matching stays linear.
+TOKEN = re.compile(rf"""
+    (?P<field>   \[[A-Za-z]:[^\]\[\n]*\] )
+  | (?P<quote>   "[^"]*" )
+  | (?P<mark>    {DECORATION} | [SO] )
+  | (?P<bar_line> :*(?:\[?\|[\]|]*:*)+ | :+\]? )
+  | (?P<ending>  \[?[1-9][\d,.-]* )
+  | (?P<tuplet>  \([1-9]\d?(?::\d{{0,2}}){{0,2}} )
+  | (?P<broken>  >{{1,3}} | <{{1,3}} )
+  | (?P<tie>     - )
+  | (?P<sound>   (?: \[(?P<chord>[^\]\[\n]*)\] | (?P<note>{SIGN}?[A-Ga-g][,']*) | [zxZX] ) (?P<length>{LENGTH}) )
+  | (?P<overlay> & )
+  | (?P<silent>  \{{[^{{}}]*\}} | y[\d/]* | [\s`'\\$(),.~\#*;?@%!+H-WYh-w] )
+  | (?P<unknown> . )""", re.VERBOSE)
+SCALE = dict(C=0, D=2, E=4, F=5, G=7, A=9, B=11)
+ALTER = {'^': 1, '^^': 2, '=': 0, '_': -1, '__': -2, '#': 1, 'b': -1, '': 0}
+# How many sharps a mode has more than the major key on the same note.
+MODES = dict(maj=0, ion=0, lyd=1, mix=-1, dor=-2, min=-3, aeo=-3, m=-3, phr=-4, loc=-5, exp=0)
+# sevenths and the like, which a triad leaves out
+EXTRAS = r'(?:maj|M|add|[\d#b+/-])*'
+TRIADS = {
+    r'\d*sus4?': (0, 5, 7),
+    r'\d*sus2': (0, 2, 7),
+    r'/?d|/?dim\d*|o7?|m7b5': (0, 3, 6),
+    r'(?:aug|\+)7?|7?(?:\+|#5)': (0, 4, 8),
+    rf'(?:min|mi|m|-){EXTRAS}': (0, 3, 7),
+    EXTRAS: (0, 4, 7),
+}
+MARKS = {
+    'D.C.': r'\bd\. ?c\b|da ?capo',
+    'D.S.': r'\bd\. ?s\b|dal ?segno',
+    'fine': r'\bfine\b',
+    'coda': 'coda',
+    'segno': 'segno',
+}
+# What else musicians put for the signs of plain ABC.
+PLAIN = str.maketrans('♯♭°øØ“”’\t', '#booo""\' ')
+
+
+class Sound(NamedTuple):
+    """Notes (MIDI numbers; none: a rest) for some beats; those that are tied go on in the next sound."""
+    notes: list
+    beats: Fraction
+    tied: list
+
+
+class Bar(NamedTuple):
+    """A bar line: how often a repeat goes back from here, whether one starts here, whether the line is double."""
+    ends: int
+    starts: bool
+    double: bool
+
+
+class Ending(NamedTuple):
+    """What follows is played on these turns of the repeat."""
+    turns: list
+
+
+class Symbol(NamedTuple):
+    """A chord of MIDI notes, until the next one; none: silence."""
+    triad: list
+
+
+class Part(NamedTuple):
+    """Here begins the part of this label."""
+    label: str
+
+
+class Mark(NamedTuple):
+    """One of D.C., D.S., segno, coda, fine; or &: back to the start of the bar, where another voice begins."""
+    word: str
+
+
+class Key(NamedTuple):
+    """What a letter is raised by, in semitones; the signature, None where there is none."""
+    signs: dict
+    sharps: int | None
+    minor: bool
+
+
+def read_abc(file, name=None, skipped=None):
+    """Read the tunes of an ABC file (a path, bytes or a binary file) into a list of Songs.
+
+    Repeats, endings, orders of parts, D.C., D.S., fine and coda are played out; voices sound together if they are
+    equally long. Chord symbols are close triads below the melody, each held to the next one. Grace notes, ornaments
+    and all that is only drawn are passed over. A tune that uses something else (macros, microtones) is skipped: a
+    sentence for each goes to the list `skipped` if it is given, else to stderr. Raises UserError if the file cannot
+    be read or has no tune at all.
+    Source: the ABC music standard 2.1 (December 2011).
+    """
+    data, name = open_music(file, name, 'an ABC file', MAX_BOOK)
+    try:
+        text = data.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        text = data.decode('latin-1')
+    text = re.sub(r'\r\n?', '\n', text)
+    opening, *tunes = re.split(r'(?m)^(?=X:)', text)
+    if not tunes:
+        raise UserError(f'{name} has no tune in it (in ABC a tune starts with a line X:): give an ABC file')
+    defaults = list(dict(re.findall(r'(?m)^([MLQ]):(.*)', opening.split('\n\n')[0])).items())
+    songs = []
+    faults = []
+    for tune in tunes:
+        title = re.search(r'(?m)^T:[ \t]*(\S.*)', tune) or re.match(r'(.*)', tune)
+        title = title[1].strip()[:80]
+        try:
+            songs.append(read_tune(title, tune, defaults))
+        except UserError as e:
+            faults.append(f'{name}: skipped the tune "{title}": {e}')
+    if skipped is None:
+        more = len(faults) - MAX_TOLD
+        told = faults[:MAX_TOLD] + [f'{name}: skipped {more:,} more tunes'] * (more > 0)
+        for sentence in told:
+            print(printable(sentence), file=sys.stderr)
+    else:
+        skipped += faults
+    return songs
+
+
+
+def read_tune(title, tune, defaults):
+    """The text of one tune to a Song; defaults are the fields (letter, value) at the head of the book."""
+    # an empty line ends a tune; what follows is free text
+    tune = re.split(r'\n[ \t]*\n', tune)[0]
+    if len(tune) > MAX_TUNE:
+        raise UserError(f'it has more than {MAX_TUNE:,} characters')
+    # comments and %%directives
+    tune = re.sub(r'(?m)^%.*\n|(?<!\\)%.*', '', tune)
+    tune = re.sub(r'[^ -~\n]', '', tune.translate(PLAIN))
+    head, key, body = (re.split(r'(?m)^K:(.*)', tune, maxsplit=1) + ['', ''])[:3]
+    fields = defaults + re.findall(r'(?m)^([A-Za-z]):(.*)', head) + [('K', key)]
+    page = Page()
+    for letter, value in fields:
+        page.take(letter, value)
+    page.unit = page.unit or Fraction(1, 16 if page.bar and page.bar < Fraction(3, 4) else 8)
+    # field lines in the body become inline fields, or nothing where they make no sound; a line "A:|" is music
+    body = re.sub(r'(?m)^([A-Za-z+]):(?![|:])(.*)\n?', lambda m: f'[{m[0].strip()}]\n' * (m[1] in 'KLMPQVm'), body)
+    order = part_order(dict(fields).get('P', ''))
+    header_voices = [value.strip() for letter, value in fields if letter == 'V']
+    voices = [play(page.copy(), music, order) for music in split_voices(header_voices, body)]
+    voices = [voice for voice in voices if voice.rows] or voices
+    if len({voice.length for voice in voices}) > 1:
+        raise UserError('its voices differ in length')
+    rows = [row for voice in voices for row in voice.rows]
+    symbols = sorted((symbol for voice in voices for symbol in voice.symbols), key=lambda symbol: symbol[0])
+    rows += triads(symbols, rows, float(voices[0].length))
+    if not any(LOWEST <= row[0] < LOWEST + KEYS for row in rows):
+        raise UserError('it has no notes')
+    fields = dict(sharps=page.key.sharps, minor=page.key.minor, tempo=read_tempo(voices[0].tempo, page.unit))
+    if '/' in page.metre:
+        first_bar = voices[0].first_bar
+        fields |= dict(metre=page.metre, pickup=float(first_bar) if first_bar < 4 * page.bar else 0.0)
+    lines = [f'M:{page.metre}'] * bool(page.metre) + [f'L:{page.unit}'] + [f'P:{order}'] * bool(order)
+    lines += [f'V:{value}' for value in header_voices] + [f'K:{key.strip()}', re.sub(r'\[Q:[^\]\n]*\]', '', body)]
+    text = re.sub(r' *\n\s*', '\n', re.sub(' +', ' ', '\n'.join(lines).strip()))
+    return song_from_rows(title, rows, text=text + '\n', **fields)
+
+
+def split_voices(header, body):
+    """The music of each voice, in pieces on the page, put together; its V: fields stay in it."""
+    first, *pieces = re.split(r'\[V:([^\]\n]*)\]', body)
+    voices = {}
+    for value, music in [(value, '') for value in header] + list(zip(pieces[::2], pieces[1::2])):
+        label = (value.split() or [''])[0]
+        voices[label] = voices.get(label, '') + f'[V:{value}]' + music
+    # one voice, whatever the header says
+    if not pieces:
+        return [body]
+    label = next(iter(voices))
+    voices[label] = first + voices[label]
+    return list(voices.values())
+
+
+def part_order(text):
+    """The text of a P: field in the header to labels: A(BC)2D3 -> ABCBCDDD."""
+    order = re.sub(r'[^A-Za-z\d()]', '', text)
+    again = re.compile(r'\(([^()]*)\)(\d*)|([A-Za-z])(\d+)')
+    while (m := again.search(order)) and len(order) < 1000:
+        times = min(int((m[2] or m[4] or '1')[:3]), 100)
+        order = order[:m.start()] + (m[1] or m[3] or '') * times + order[m.end():]
+    return re.sub(r'[^A-Za-z]', '', order)[:100]
+
+
+def read_key(value):
+    """The text of a K: field to a Key; None if it only names a clef."""
+    value = re.sub(r'[\w-]+=\S*', '', value).strip()
+    if re.match(r'(?:treble|bass|alto|tenor|perc|soprano|mezzo|baritone|[+-]8)', value):
+        return None
+    modes = r'(?i:maj|ion|min|aeo|mix|dor|phr|lyd|loc|exp)|m(?![a-z])|'
+    m = re.match(rf'HP|Hp|none|$|([A-Ga-g])([#b]?)\s*({modes})', value)
+    if not m:
+        raise UserError(f'cannot read K:{value[:40]}')
+    mode = (m[3] or 'maj').lower()
+    # Highland pipes play F# and C#
+    count = 2 if m[0] in ('HP', 'Hp') else None
+    if m[1] and mode != 'exp':
+        count = sharps(m[1].upper() + m[2]) + MODES[mode]
+    signs = {letter: ((count or 0) + 6 - i) // 7 for i, letter in enumerate('FCGDAEB')}
+    signs |= {letter.upper(): ALTER[sign] for sign, letter in re.findall(rf'({SIGN})([A-Ga-g])', value[m.end():])}
+    return Key(signs, count, MODES[mode] == -3)
+
+
+def read_shift(value):
+    """How many semitones a clef moves the notes (treble-8, octave=1, transpose=-2); None if it says nothing."""
+    octaves = [int(n) for n in re.findall(r'octave=([+-]?\d)(?!\d)', value)]
+    octaves += [int(sign + '1') * int(n) // 8 for sign, n in re.findall(r'(?<!=)([+-])(8|15)(?!\d)', value)]
+    semitones = [int(n) for n in re.findall(r'transpose=([+-]?\d\d?)(?!\d)', value)]
+    if 'shift=' in value:
+        raise UserError(f'cannot read {value.strip()[:40]}')
+    return 12 * sum(octaves) + sum(semitones) if octaves or semitones else None
+
+
+def read_tempo(text, unit):
+    """The text of a Q: field to quarter notes a minute: 1/4=120, 3/8=92.5, or 120 notes of the unit length."""
+    # without "Allegro"
+    *beats, number = re.sub(r'"[^"]*"?', '', text).split('=')
+    number = re.match(r'\s*(\d{1,4}(?:\.\d{1,4})?)', number)
+    beat = sum(Fraction(m) for m in re.findall(r'[1-9]\d?/[1-9]\d?', ''.join(beats)))
+    if not number or float(number[1]) == 0:
+        return 120.0
+    return float(number[1]) * float(4 * (beat or unit))
+
+
+def read_triad(text):
+    """A chord symbol to a close triad of MIDI notes, its root in C3..B3; [] for N.C., None if it is no chord."""
+    text = re.sub(r'\([^()]*\)', '', text).strip()
+    if re.fullmatch(r'(?i)n\.? ?c\.?', text):
+        return []
+    m = re.fullmatch(r'([A-G])([#b]?)(.*?)\s*(/[\^_=]?[A-Ga-g][#b^_=+-]?)?', text)
+    for quality, intervals in TRIADS.items() if m else ():
+        if re.fullmatch(quality, m[3]):
+            root = 48 + (SCALE[m[1]] + ALTER[m[2]]) % 12
+            return [root + i for i in intervals]
+    return None
+
+
+def read_mark(text):
+    """The word of a jump in a decoration or a text: 'D.C.', 'D.S.', 'fine', 'coda', 'segno'; None for other texts."""
+    text = {'S': 'segno', 'O': 'coda'}.get(text, text.lower())
+    return next((word for word, pattern in MARKS.items() if re.search(pattern, text)), None)
+
+
+@functools.lru_cache(1000)
+def read_length(text, unit):
+    """The length behind a note, in units (3, 3/2, / for 1/2, // for 1/4), to beats."""
+    above, below = re.fullmatch(r'(\d*)/*(\d*)', text).groups()
+    return 4 * unit * Fraction(int(above or 1), int(below or 2 ** text.count('/')))
+
+
+@dataclass
+class Page:
+    """What the page says at the point to which we have read, and the events so far; a method for each kind of token."""
+    key: Key = Key({}, None, False)
+    # L: and M: in whole notes, M: and Q: as text
+    unit: Fraction | None = None
+    bar: Fraction | None = Fraction(1)
+    metre: str = ''
+    tempo: str = ''
+    # semitones by which a clef moves the notes
+    shift: int = 0
+    events: list = field(default_factory=list)
+    # which event is the latest sound
+    last: int | None = None
+    # letter -> semitones, by the accidentals of this bar
+    altered: dict = field(default_factory=dict)
+    # (letter, octave) -> semitones in the latest sound, and those of its notes that are tied to the next one
+    spelt: dict = field(default_factory=dict)
+    tied: dict = field(default_factory=dict)
+    # broken rhythm: the next sound's share; tuplet: the factor, and how many sounds it still has
+    share: Fraction = 1
+    ratio: Fraction = 1
+    left: int = 0
+
+    def copy(self):
+        """A page with the same header and no music."""
+        return Page(self.key, self.unit, self.bar, self.metre, self.tempo, self.shift)
+
+    def spell(self, music):
+        """Music to a list of events in the order in which they are written."""
+        for m in TOKEN.finditer(music):
+            getattr(self, m.lastgroup)(m)
+        return self.events
+
+    def take(self, letter, value):
+        """Take note of a field; those that are not here do not sound."""
+        value = value.strip()
+        if letter == 'M':
+            value = {'C': '4/4', 'C|': '2/2', 'free': 'none', '': 'none'}.get(value, value)
+            m = re.search(r'\(?(\d\d?(?:\+\d\d?)*)\)?\s*/\s*([1-9]\d?)', value)
+            count = sum(map(int, m[1].split('+'))) if m else 0
+            if not count and value != 'none':
+                raise UserError(f'cannot read M:{value[:40]}')
+            self.bar = Fraction(count, int(m[2])) if m else None
+            self.metre = f'{count}/{m[2]}' if m else 'none'
+        elif letter == 'L':
+            m = re.match(r'([1-9]\d?)\s*(?:/\s*([1-9]\d{0,2}))?', value)
+            if not m:
+                raise UserError(f'cannot read L:{value[:40]}')
+            self.unit = Fraction(int(m[1]), int(m[2] or 1))
+        elif letter in 'KV':
+            shift = read_shift(value)
+            self.shift = self.shift if shift is None else shift
+            if letter == 'K':
+                self.key = read_key(value) or self.key
+        elif letter == 'Q' and self.last is None:
+            self.tempo = value
+        elif letter == 'P':
+            self.events.append(Part(value))
+        elif letter == 'm':
+            raise UserError(f'cannot read macros (m:{value[:40]})')
+
+    def field(self, m):
+        self.take(m[0][1], m[0][3:-1])
+
+    def quote(self, m):
+        """Text in quotes: a chord, or a jump, or words to read."""
+        text = m[0][1:-1].strip()
+        triad = None
+        # silence as we write it, or else words with a place
+        if text in ('^', '^N.C.'):
+            triad = []
+        elif text[:1] not in tuple('^_<>@'):
+            triad = read_triad(text)
+        if triad is not None:
+            self.events.append(Symbol(triad))
+        else:
+            self.mark(m)
+
+    def mark(self, m):
+        word = read_mark(m[0].strip('!+"^_<>@ '))
+        if word:
+            self.events.append(Mark(word))
+
+    def bar_line(self, m):
+        """Bar lines side by side are one: |] and :| on the next line end a repeat."""
+        self.altered = {}
+        text = m[0]
+        ends = len(text) - len(text.lstrip(':')) if '|' in text or ']' in text else int('::' in text)
+        # the bar line in [|]:| is not drawn
+        ends = ends or int(']:|' in text)
+        bar = Bar(ends, text.endswith(':') or '|:|' in text, bool(re.search(r'\|[|\]]|\[\|', text)))
+        if self.events and isinstance(self.events[-1], Bar):
+            before = self.events.pop()
+            bar = Bar(max(bar.ends, before.ends), bar.starts or before.starts, bar.double or before.double)
+        self.events.append(bar)
+
+    def ending(self, m):
+        """[1 or [1,3 or [1-3, or without the bracket after a bar line."""
+        if m[0][0] != '[' and not (self.events and isinstance(self.events[-1], Bar)):
+            self.unknown(m)
+        turns = []
+        for span in m[0].split(','):
+            numbers = [int(n) for n in re.findall(r'\d\d?', span)]
+            turns += range(numbers[0], numbers[-1] + 1) if numbers else []
+        self.events.append(Ending(turns or [0]))
+
+    def tuplet(self, m):
+        """(p:q:r puts p notes into the time of q, for the next r sounds."""
+        p, q, r = (int(n or 0) for n in (m[0][1:] + '::').split(':')[:3])
+        compound = self.metre.split('/')[0] in ('6', '9', '12')
+        self.ratio = Fraction(q or {2: 3, 3: 2, 4: 3, 6: 2, 8: 3}.get(p, 3 if compound else 2), p)
+        self.left = r or p
+
+    def broken(self, m):
+        """A>B is A3/2 B/2, A>>B is A7/4 B/4."""
+        # a second one without a sound between: in exact fractions, a long row would take for ever
+        if self.share != 1 or self.last is None:
+            self.unknown(m)
+        more = 2 - Fraction(1, 2 ** len(m[0]))
+        first = more if m[0][0] == '>' else 2 - more
+        sound = self.events[self.last]
+        self.events[self.last] = sound._replace(beats=sound.beats * first)
+        self.share = 2 - first
+
+    def tie(self, m):
+        if self.last is not None:
+            sound = self.events[self.last]
+            self.events[self.last] = sound._replace(tied=sound.notes)
+            self.tied = self.spelt
+
+    def sound(self, m):
+        """A note, a chord or a rest."""
+        text = m[0]
+        length = read_length(m['length'], self.unit)
+        if self.share != 1:
+            length *= self.share
+            self.share = 1
+        if self.left > 0:
+            length *= self.ratio
+            self.left -= 1
+        chord = WORDS.sub('', m['chord'] or '')
+        written = NOTE.findall(chord or m['note'] or '')
+        if text[0] == '[':
+            if not written or re.search(r'[\^_=\d/|:&]', NOTE.sub('', chord)):
+                raise UserError(f'cannot read {text[:40]}')
+            # a chord lasts as long as its first note
+            length *= read_length(written[0][3], Fraction(1, 4))
+        # rests of whole bars
+        elif text[0] in 'ZX':
+            if not self.bar:
+                raise UserError(f'cannot play {text} without a metre')
+            length *= self.bar / self.unit
+        notes = []
+        tied = []
+        before = self.tied
+        self.spelt = {}
+        self.tied = {}
+        for sign, letter, octave, _, tie in written:
+            place = letter.upper(), letter.islower() + octave.count("'") - octave.count(',')
+            # lasts to the bar line, in every octave: the standard's default
+            if sign:
+                self.altered[place[0]] = ALTER[sign]
+            semitones = self.altered.get(place[0], self.key.signs.get(place[0], 0))
+            # a tie carries the alteration over the bar line
+            if not sign and place in before:
+                semitones = before[place]
+            self.spelt[place] = semitones
+            notes.append(60 + 12 * place[1] + SCALE[place[0]] + semitones + self.shift)
+            if tie:
+                self.tied[place] = semitones
+                tied.append(notes[-1])
+        self.last = len(self.events)
+        self.events.append(Sound(notes, length, tied))
+
+    def overlay(self, m):
+        self.events.append(Mark('&'))
+
+    def silent(self, m):
+        """What does not sound: decorations, grace notes, spaces, letters without a meaning."""
+
+    def unknown(self, m):
+        raise UserError(f'cannot read {m[0][:40]}')
+
+
+def arrange(events, order):
+    """Events in the order of playing; order: the labels of parts, one letter each."""
+    if not any(isinstance(event, Part) and event.label in order for event in events):
+        return follow_marks(events)
+    label = ''
+    parts = {}
+    for event in events:
+        if isinstance(event, Part):
+            label = event.label
+        else:
+            parts.setdefault(label, []).append(event)
+    played = unfold(parts.get('', []))
+    for label in order:
+        played += unfold(parts.get(label, []))
+        if len(played) > MAX_TUNE:
+            raise UserError('its parts make too many notes')
+    return played
+
+
+def follow_marks(events):
+    """Events in the order of playing, where D.C. goes back to the start, D.S. to the segno, once and without repeats,
+    then on to the fine, or from the first coda to the last. All marks but segno count at the end of their bar."""
+    def places(events, *words):
+        return [i for i, event in enumerate(events) if isinstance(event, Mark) and event.word in words]
+
+    def up_to(events, i):
+        return events[:next((j for j in range(i, len(events)) if isinstance(events[j], Bar)), len(events))]
+
+    played = unfold(events)
+    jumps = places(played, 'D.C.', 'D.S.')
+    if not jumps:
+        return played
+    again = unfold(events, repeats=False)
+    if played[jumps[-1]].word == 'D.S.':
+        again = again[(places(again, 'segno') or [0])[0]:]
+    fine = places(again, 'fine')
+    codas = places(again, 'coda')
+    if fine:
+        again = up_to(again, fine[0])
+    elif len(codas) > 1:
+        again = up_to(again, codas[0]) + again[codas[-1]:]
+    else:
+        again = up_to(again, (places(again, 'D.C.', 'D.S.') or [0])[-1])
+    return up_to(played, jumps[-1]) + again
+
+
+def unfold(events, repeats=True):
+    """Events with their repeats played out. A repeat goes back to the latest |: or, if it has none, to the latest
+    double bar, end of a repeat, or start of the tune; on each turn the endings of other turns are left out.
+    With repeats=False all is played once, with the last of the endings."""
+    # for which turns is the ending that follows immediately?
+    def ending_after(i):
+        while i < len(events) and isinstance(events[i], Bar) and not events[i].ends:
+            i += 1
+        return events[i].turns if i < len(events) and isinstance(events[i], Ending) else []
+
+    played = []
+    size = 0
+    i = 0
+    # where the repeat goes back to, and whether that is a |:
+    start = 0
+    opened = False
+    turn = 1
+    turns = 1
+    # are we in a last ending?
+    final = False
+    while i < len(events):
+        event = events[i]
+        i += 1
+        if isinstance(event, Ending):
+            turns = max(turns, *event.turns)
+            final = turn > 1
+            end = i
+            while end < len(events) and not (isinstance(events[end], Ending) or getattr(events[end], 'ends', 0)):
+                end += 1
+            leads_back = end < len(events) and isinstance(events[end], Bar)
+            if turn not in event.turns if repeats else leads_back:
+                i = end
+                if not leads_back:
+                    continue
+                # its repeat has been played before
+                i += 1
+                event = Bar(0, events[end].starts, not ending_after(i))
+        if isinstance(event, Bar):
+            turns = max(turns, event.ends + 1, *ending_after(i)) if event.ends else turns
+            if turns > MAX_TURNS:
+                raise UserError(f'a part of it is played more than {MAX_TURNS} times')
+            if event.ends and turn < turns and repeats:
+                turn += 1
+                i = start
+                final = False
+            elif event.ends or event.starts or event.double and (final or not opened):
+                start = i
+                opened = event.starts
+                turn = 1
+                turns = 1
+                final = False
+        played.append(event)
+        size += 1 + len(getattr(event, 'notes', ()))
+        if size > MAX_TUNE:
+            raise UserError(f'its repeats make more than {MAX_TUNE:,} notes')
+    return played
+
+
+class Voice(NamedTuple):
+    """rows: [MIDI note, onset, end] in beats; symbols: (beat, triad); length and the first bar line in beats."""
+    rows: list
+    symbols: list
+    length: Fraction
+    first_bar: Fraction
+    tempo: str
+
+
+def play(page, music, order):
+    """The music of one voice to a Voice, beginning with what the header's page says."""
+    rows = []
+    symbols = []
+    now = Fraction(0)
+    # the latest bar line, and how far the voices since then reach
+    bar = Fraction(0)
+    reach = Fraction(0)
+    first_bar = Fraction(0)
+    tied = {}
+    for event in arrange(page.spell(music), order):
+        if isinstance(event, Sound):
+            sounding = {note: tied.get(note) or [note, now, now] for note in event.notes}
+            now += event.beats
+            for note, row in sounding.items():
+                row[2] = now
+                if note not in tied:
+                    rows.append(row)
+            tied = {note: sounding[note] for note in event.tied}
+        elif isinstance(event, Symbol):
+            symbols.append((float(now), event.triad))
+        elif isinstance(event, Bar):
+            now = max(reach, now)
+            bar = now
+            first_bar = first_bar or bar
+        elif event == Mark('&'):
+            reach = max(reach, now)
+            now = bar
+    rows = [[note, float(onset), float(end)] for note, onset, end in rows]
+    return Voice(rows, symbols, max(reach, now), first_bar, page.tempo)
+
+
+def triads(symbols, rows, length):
+    """Rows of the chords: each from its symbol to the next one, below the notes that sound meanwhile."""
+    rows = as_notes(rows)
+    chords = []
+    for (onset, triad), (end, _) in zip(symbols, symbols[1:] + [(length, [])]):
+        triad = list(triad)
+        sounding = (rows[:, 1] < end) & (rows[:, 2] > onset)
+        lowest = rows[sounding, 0].min(initial=128)
+        # while it reaches the melody, its top note moves down an octave
+        for _ in triad:
+            if triad[-1] >= lowest:
+                triad = [triad[-1] - 12, *triad[:-1]]
+        chords += [[note, onset, end] for note in triad if end > onset]
+    return chords
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ABC out
+
+# Times are counted in ticks, 24 to a beat: a multiple of 3 is a 32nd note, a multiple of 4 belongs to a triplet.
+BEAT = 24
+# the unit length of what we write, L:1/8
+UNIT = 12
+# pitch classes above the root -> what stands behind the root's name
+QUALITIES = {(0, 4, 7): '', (0, 3, 7): 'm', (0, 3, 6): 'dim', (0, 4, 8): 'aug', (0, 5, 7): 'sus4', (0, 4, 7, 10): '7',
+             (0, 3, 7, 10): 'm7', (0, 4, 7, 11): 'maj7', (0, 3, 6, 9): 'dim7', (0, 3, 6, 10): 'm7b5'}
+FIFTHS = 'FCGDAEB'
+# ticks of a plain or dotted note
+SINGLE = sorted(length * 2 ** n for length in (Fraction(3, 2), Fraction(9, 4)) for n in range(8))
+# a silence of the chords for so many ticks is told, a shorter one would only clutter the page
+LONG = 96
+
+
+class Tick(NamedTuple):
+    """A note in ticks; key is a MIDI number."""
+    key: int
+    onset: int
+    end: int
+
+
+class Slice(NamedTuple):
+    """A stretch of time in which nothing begins or ends: what sounds, what of that goes on, the symbol at its start."""
+    onset: int
+    end: int
+    keys: list
+    tied: list
+    symbol: str
+
+
+def write_abc(notes, name='', tempo=120.0, sharps=None, minor=False, metre=None, pickup=None):
+    """Notes (N, 3), times in beats, to (a tune in ABC, how many notes were left out).
+
+    Key (sharps, minor), metre ('6/8') and pickup (the beat where the first full bar begins) are guessed where they are
+    None. Chords below the melody become chord symbols, each held to the next one, or to "^N.C.", or to "^", an empty
+    text, where they pause for less than a bar or so. A low bass that has a rhythm of its own below such chords is left
+    out. All else is written as it sounds, on a grid of 32nd notes and triplets.
+    Source: the ABC music standard 2.1 (December 2011).
+    """
+    notes = one_per_key(as_notes(notes))
+    if sharps is None:
+        sharps, minor = estimate_key(notes)
+    metre, bar, pickup = fit_bars(notes, metre, pickup)
+    # tick 0 is the bar line before the first note, or at it
+    first = round((bar - pickup % bar) % bar * BEAT)
+    bar = round(bar * BEAT)
+    melody, chords, left_out = find_chords(snap(notes, first))
+    staff = Staff(sharps, minor)
+    slices, triplets = cut_slices(melody, chords, first, bar, staff)
+    music = write_bars(slices, triplets, bar, beam_ticks(metre), staff)
+    title = unicodedata.normalize('NFKD', name).encode('ascii', 'ignore').decode()
+    title = re.sub(r'[^ -~]', ' ', title).replace('%', ' ').strip() or 'Untitled'
+    beat = '3/8' if metre in ('6/8', '9/8', '12/8') else '1/4'
+    per_minute = tempo / 1.5 if beat == '3/8' else tempo
+    lines = ['X:1', f'T:{title}', f'M:{metre}', 'L:1/8', f'Q:{beat}={per_minute:.6g}', f'K:{key_name(sharps, minor)}']
+    return '\n'.join(lines + music) + '\n', left_out
+
+
+def tune_text(song):
+    """The ABC text of a Song as a model reads it: fields M, L and K, and the music."""
+    if song.text:
+        return song.text
+    text, _ = write_abc(song.notes, '', song.tempo, song.sharps, song.minor, song.metre, song.pickup)
+    return re.sub(r'(?m)^[XTQ]:.*\n', '', text)
+
+
+def fit_bars(notes, text, pickup):
+    """(metre as text, beats a bar, pickup), guessed where they are not known."""
+    bar = text and bar_beats(text)
+    if bar is None or pickup is None:
+        bar, begins = metre(notes, bar)
+        pickup = begins if pickup is None else pickup
+    return text or metre_text(notes, bar, pickup), bar, pickup
+
+
+def beam_ticks(metre):
+    """How far a beam reaches: a dotted quarter, a quarter in 3/4, else two quarters."""
+    if metre.endswith('/8'):
+        return 36
+    return BEAT if metre.startswith('3') else 2 * BEAT
+
+
+def snap(notes, first):
+    """Notes as Ticks, later by `first` ticks; each beat is divided as its notes need it."""
+    times = (notes[:, 1:] * BEAT + first).tolist()
+    beats = {}
+    for time in itertools.chain(*times):
+        beats.setdefault(time // BEAT, set()).add(time % BEAT)
+    steps = {beat: best_step(offsets) for beat, offsets in beats.items()}
+    ticks = []
+    for key, (onset, end) in zip(notes[:, 0], times):
+        onset, end = (steps[time // BEAT] * round(time / steps[time // BEAT]) for time in (onset, end))
+        ticks.append((key + LOWEST, onset, max(end, onset + 3)))
+    return [Tick(*map(int, note)) for note in one_per_key(as_notes(ticks))]
+
+
+def best_step(offsets):
+    """The step in ticks that fits the times in a beat: 16ths, triplets, 32nds, 16th triplets; the first good one."""
+    errors = {step: max(abs(time - step * round(time / step)) for time in offsets) for step in (6, 8, 3, 4)}
+    return next((step for step, error in errors.items() if error < 0.5), min(errors, key=errors.get))
+
+
+def find_chords(ticks):
+    """Ticks to (melody, chords, how many notes are left out); a chord is (onset, end, root 0..11, quality).
+
+    A chord: three or four notes struck together from below middle C, within an octave, that have a name.
+    Left out is the bass of a tune with chords: what lies below their octave and under another note."""
+    groups = {}
+    for note in ticks:
+        groups.setdefault(note.onset, []).append(note)
+    melody = []
+    bass = []
+    chords = []
+    # when the melody so far falls silent
+    until = 0
+    for onset in sorted(groups):
+        group = sorted(groups[onset])
+        root, quality, members = pick_chord(group, until > onset) or pick_chord(group[1:], until > onset) or (0, '', [])
+        if members:
+            chords.append((onset, max(note.end for note in members), root, quality))
+            # the top note of a chord without melody above it is both, if it lasts less long than the others
+            if members[-1] is group[-1] and until <= onset and members[-1].end < members[0].end:
+                members = members[:-1]
+        for note in group:
+            if note.key < 48 and note not in members and (until > onset or note is not group[-1]):
+                bass.append(note)
+            elif note not in members:
+                melody.append(note)
+                until = max(until, note.end)
+    if not chords:
+        return melody + bass, [], 0
+    return melody, chords, len(bass)
+
+
+def pick_chord(group, melody_sounds):
+    """(root 0..11, quality, members) of the chord in a group of notes struck together, or None. The highest note is
+    left to the melody if it can be spared and no other melody note sounds."""
+    spare = int(not melody_sounds and len(group) > 3)
+    low = [note for note in group[:len(group) - spare] if note.key - group[0].key < 12]
+    if len(low) < 3 or low[0].key >= 60:
+        return None
+    # the best has its root below, then more notes, then notes that end together
+    best = None
+    for size in (3, 4):
+        for members in itertools.combinations(low[:6], size):
+            for note in members:
+                shape = tuple(sorted((other.key - note.key) % 12 for other in members))
+                score = (note is members[0], size, -len({other.end for other in members}))
+                if shape in QUALITIES and (best is None or score > best[0]):
+                    best = (score, note.key % 12, QUALITIES[shape], members)
+    return best and best[1:]
+
+
+def cut_slices(melody, chords, first, bar, staff):
+    """Slices from tick `first` on, cut wherever a note or a chord begins or ends, at bar lines and around triplets;
+    and the triplets, {onset: end}."""
+    end = max([first + UNIT] + [note.end for note in melody] + [chord[1] for chord in chords])
+    # the last bar has at least a beat
+    if 0 < end % bar < BEAT:
+        end += BEAT - end % bar
+    edges = sorted({time for note in melody for time in note[1:]})
+    symbols = {}
+    for i, (onset, stop, root, quality) in enumerate(chords):
+        symbols[onset] = staff.root(root) + quality
+        after = chords[i + 1][0] if i + 1 < len(chords) else end
+        # a long silence of the chords is told; a short one is marked where the melody moves
+        if after - stop >= (LONG if after < end else 1):
+            symbols[stop] = '^N.C.'
+        else:
+            edge = bisect.bisect_left(edges, stop)
+            if edge < len(edges) and edges[edge] < after:
+                symbols[edges[edge]] = '^'
+    cuts = {first, end, *symbols, *edges, *range(bar * (first // bar + 1), end, bar)}
+    triplets = find_triplets(cuts, first)
+    cuts = sorted(cuts.union(triplets, triplets.values()))
+    slices = []
+    waiting = sorted(melody, key=lambda note: -note.onset)
+    sounding = []
+    for onset, end in zip(cuts, cuts[1:]):
+        sounding = [note for note in sounding if note.end > onset]
+        while waiting and waiting[-1].onset <= onset:
+            sounding.append(waiting.pop())
+        tied = {note.key for note in sounding if note.end > end}
+        slices.append(Slice(onset, end, sorted(note.key for note in sounding), tied, symbols.get(onset)))
+    return slices, triplets
+
+
+def find_triplets(cuts, first):
+    """{onset: end} of the beats and half beats that are divided in three."""
+    triplets = {}
+    for beat in {time // BEAT for time in cuts if time % 3}:
+        offsets = {time - beat * BEAT for time in cuts if time // BEAT == beat}
+        # a whole beat, unless it is cut in the middle
+        edges = [0, BEAT // 2, BEAT] if BEAT // 2 in offsets else [0, BEAT]
+        for onset, end in zip(edges, edges[1:]):
+            if any(time % 3 for time in offsets if onset <= time < end) and beat * BEAT + onset >= first:
+                triplets[beat * BEAT + onset] = beat * BEAT + end
+    return triplets
+
+
+def write_bars(slices, triplets, bar, beam, staff):
+    """Slices to lines of music, four bars a line; notes of a beam stand together."""
+    bars = []
+    i = 0
+    while i < len(slices):
+        onset = slices[i].onset
+        if not bars or onset % bar == 0:
+            bars.append('')
+            staff.signs = {}
+        stop = triplets.get(onset, slices[i].end)
+        tokens = []
+        while i < len(slices) and slices[i].onset < stop:
+            tokens += write_slice(slices[i], onset in triplets, staff)
+            i += 1
+        if onset in triplets:
+            bars[-1] += ' ' * (onset % bar % beam == 0) + ('(3' if len(tokens) == 3 else f'(3:2:{len(tokens)}')
+        for now, text in tokens:
+            bars[-1] += ' ' * (now % bar % beam == 0 and onset not in triplets) + text
+    bars = [text.strip() for text in bars]
+    # a pickup stands on the line of the first four bars
+    lines = [bars[:5] if slices[0].onset % bar else bars[:4]]
+    lines += [bars[j:j + 4] for j in range(len(lines[0]), len(bars), 4)]
+    lines = ['|'.join(line) + '|' for line in lines]
+    return lines[:-1] + [lines[-1] + ']']
+
+
+def write_slice(part, in_triplet, staff):
+    """(tick, text) of the notes of a slice: one, or several tied ones if no single note is so long."""
+    tokens = []
+    now = part.onset
+    left = part.end - part.onset
+    # three take the time of two
+    if in_triplet:
+        left *= Fraction(3, 2)
+    text = f'"{part.symbol}"' if part.symbol else ''
+    while left:
+        onset = now
+        length = longest_note(now, left)
+        now += length
+        left -= length
+        names = [staff.note(key) for key in part.keys]
+        ties = ['-' * (left > 0 or key in part.tied) for key in part.keys]
+        if len(names) > 1:
+            text += '[' + ''.join(name + tie for name, tie in zip(names, ties)) + ']' + length_text(length)
+        else:
+            text += ''.join(names or 'z') + length_text(length) + ''.join(ties)
+        tokens.append((onset, text))
+        text = ''
+    return tokens
+
+
+def length_text(ticks):
+    """A length as ABC has it, behind a note of unit length: nothing, 3, /, 3/4."""
+    units = Fraction(ticks) / UNIT
+    above = str(units.numerator) if units.numerator > 1 else ''
+    below = f'/{units.denominator}' if units.denominator > 1 else ''
+    return above + ('/' if below == '/2' else below)
+
+
+def longest_note(now, left):
+    """Ticks of the longest plain or dotted note that begins a sound of `left` ticks; off the beat it leads to it."""
+    to_beat = -now % BEAT
+    if left in SINGLE or left < SINGLE[0]:
+        return left
+    if 0 < to_beat < left and to_beat in SINGLE:
+        return to_beat
+    return max(length for length in SINGLE if length <= left)
+
+
+@dataclass
+class Staff:
+    """How notes are spelt in a key, and the accidentals of the bar so far."""
+    sharps: int
+    minor: bool
+    signs: dict = field(default_factory=dict)
+
+    def spell(self, key):
+        """(letter, semitones up, octave, 0 from middle C) of a MIDI note. The twelve notes reach from three fifths
+        below the tonic of the major key to eight above, in minor a fifth further."""
+        flattest = self.sharps - 3 + self.minor
+        fifth = flattest + (7 * key - flattest) % 12
+        semitones, letter = divmod(fifth + 1, 7)
+        return FIFTHS[letter], semitones, (key - semitones) // 12 - 5
+
+    def root(self, pitch_class):
+        """The name of a chord's root; a double sharp is no name."""
+        letter, semitones, _ = self.spell(pitch_class)
+        if abs(semitones) > 1:
+            letter, semitones, _ = Staff(0, False).spell(pitch_class)
+        return letter + '#' * semitones + 'b' * -semitones
+
+    def note(self, key):
+        """A note with the accidental it needs, whether one holds in its own octave only, as some say, or in all."""
+        letter, semitones, octave = self.spell(key)
+        signature = (self.sharps + 6 - FIFTHS.index(letter)) // 7
+        in_force = {self.signs.get(letter, signature), self.signs.get((letter, octave), signature)}
+        self.signs |= {letter: semitones, (letter, octave): semitones}
+        sign = '' if in_force == {semitones} else '^' * semitones + '_' * -semitones or '='
+        return sign + (letter + ',' * -octave if octave < 1 else letter.lower() + "'" * (octave - 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys
+
+# How well each pitch class fits a major and a minor key on C (Krumhansl and Kessler 1982)
+PROFILES = np.array([[6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88],
+                     [6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17]])
+
+
+def sharps(key):
+    """Sharps of a key written as letter, # or b, and m for minor: C 0, G 1, F#m 3, Bb -2."""
+    return 'FCGDAEB'.index(key[0]) - 1 + 7 * (key.count('#') - key.count('b')) - 3 * key.endswith('m')
+
+
+def key_name(sharps, minor=False):
+    """The key of a signature: (2, False) is 'D', (-1, True) is 'Dm'; nobody writes more than seven signs."""
+    if abs(sharps) > 7:
+        sharps = (sharps + 5) % 12 - 5
+    signs, letter = divmod(sharps + 1 + 3 * minor, 7)
+    return 'FCGDAEB'[letter] + '#' * signs + 'b' * -signs + 'm' * minor
+
+
+def tonic(sharps, minor=False):
+    """Pitch class (C = 0) of the tonic of a key signature."""
+    return (7 * sharps + 9 * minor) % 12
+
+
+def estimate_key(notes):
+    """(sharps -5..6, is it minor?) of the major or minor key whose Krumhansl-Kessler profile correlates best with the
+    time that notes (N, 3) spend on each pitch class."""
+    notes = as_notes(notes)
+    pitch_class = (notes[:, 0].astype(int) + LOWEST) % 12
+    length = np.maximum(notes[:, 2] - notes[:, 1], 1e-3)
+    time = np.bincount(pitch_class, length, 12)
+    z = (PROFILES - PROFILES.mean(1, keepdims=True)) / PROFILES.std(1, keepdims=True)
+    # correlation, but for a factor that all keys share
+    fit = [z @ np.roll(time, -root) for root in range(12)]
+    root, minor = divmod(int(np.argmax(fit)), 2)
+    return (7 * (root + 3 * minor) + 5) % 12 - 5, bool(minor)
+
+
+def common_key_shift(song):
+    """Semitones that move a Song to C major or A minor by its key signature (estimated where it has none): -6..5
+    (G 5, D -2, A 3); an octave off that where a note would leave the keyboard, 0 where nothing fits."""
+    count = estimate_key(song.notes)[0] if song.sharps is None else song.sharps
+    shift = (-7 * count + 6) % 12 - 6
+    low = -song.notes[:, 0].min(initial=KEYS)
+    high = KEYS - 1 - song.notes[:, 0].max(initial=0)
+    return next((s for s in (shift, shift + 12, shift - 12) if low <= s <= high), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metre
+
+# What each half beat of a bar is. D down beat, H half of the bar, B another beat, o between beats;
+# where a beat is three eighths: P first beat, Q another one
+BARS = {'4/4': 'DoBoHoBo', '3/4': 'DoBoBo', '2/4': 'DoBo', '6/8': 'PooQoo', '9/8': 'PooQooQoo'}
+# Of 100 melody notes that begin there, how many last less than an eighth, an eighth, a quarter, a dotted quarter, more
+# (counted in 615 tunes of the Nottingham collection)
+LENGTHS = {
+    'D': (3, 36, 41, 6, 14),
+    'H': (1, 37, 50, 4, 8),
+    'B': (3, 54, 41, 1, 1),
+    'P': (1, 55, 29, 10, 5),
+    'Q': (1, 54, 36, 8, 1),
+    'o': (2, 94, 2, 1, 1),
+}
+# where one of those lengths ends and the next begins, in beats
+LIMITS = (0.4, 0.8, 1.2, 1.8)
+# Of 100 such places, how many have no chord, the same chord struck again, another chord: between what is counted in
+# Nottingham, where the half of a bar has 4, and in books whose chords change more often
+BAR_LINE = (10, 30, 60)
+MIDDLE = (85, 5, 10)
+ELSEWHERE = (98, 1, 1)
+CHORDS = {'D': BAR_LINE, 'P': BAR_LINE, 'H': MIDDLE, 'Q': MIDDLE, 'B': ELSEWHERE, 'o': ELSEWHERE}
+# how much of a long piece we look at, in beats
+METRE_BEATS = 512
+
+
+def bar_beats(metre):
+    """Beats (quarter notes) in a bar: '6/8' has 3."""
+    count, unit = metre.split('/')
+    return 4 * int(count) / int(unit)
+
+
+def metre(notes, bar=None):
+    """(beats a bar, the beat where the first full bar begins) of notes (N, 3), from the notes alone.
+
+    bar: the beats a bar where they are known; else it is 2, 3, 4 or 4.5. Of all metres and pickups, on half beats, it
+    is the likeliest by where chords change and how long melody notes are.
+    Source: the bar pointer model (Whiteley, Cemgil and Godsill 2006), with half beats as frames.
+    """
+    scores = metre_scores(notes, bar)
+    name, pickup = max(scores, key=scores.get)
+    return bar_beats(name), pickup
+
+
+def metre_text(notes, bar, pickup):
+    """The metre as a musician writes it; bars of three beats are '6/8' or '3/4' by how the melody divides them."""
+    notes = as_notes(notes)
+    start = round(2 * pickup) % round(2 * bar) / 2
+    scores = metre_scores(notes[is_melody(notes)], bar)
+    return max(bars_of(bar), key=lambda name: scores[name, start])
+
+
+def bars_of(bar):
+    """The entries of BARS with so many beats (None: all), or one for a bar that is not among them."""
+    known = {name: places for name, places in BARS.items() if bar in (None, len(places) / 2)}
+    if known:
+        return known
+    whole_notes = Fraction(bar / 4).limit_denominator(64)
+    unit = max(4, whole_notes.denominator)
+    return {f'{round(whole_notes * unit)}/{unit}': ('D' + 'oB' * round(bar))[:max(1, round(2 * bar))]}
+
+
+def metre_scores(notes, bar=None):
+    """{(metre, pickup): how likely it is, as a logarithm and but for a constant}."""
+    notes = one_per_key(as_notes(notes))
+    notes = notes[notes[:, 1] < METRE_BEATS]
+    melody = is_melody(notes)
+    tune, lengths = melody_cues(notes[melody])
+    chords = chord_cues(notes[~melody], len(tune))
+    # chords tell more than the melody, and what both say must not count twice
+    weight = 0.1 if chords.any() else 0.6
+    scores = {}
+    for name, places in bars_of(bar).items():
+        # (place in the bar, kind of cue)
+        of_length = np.log([(100, *LENGTHS[place]) for place in places])
+        of_chord = np.log([CHORDS[place] for place in places])
+        fit = weight * (of_length[:, lengths] - np.log(100))
+        if chords.any():
+            fit = fit + of_chord[:, chords] - np.log(100)
+        # going backwards, for each place in the bar: the best score from here to the end if we are there now; what
+        # follows is the next place or, at a price, a new bar before this one is full (at the end of a part)
+        best = np.zeros(len(places))
+        for now in fit.T[::-1]:
+            best = now + np.maximum(np.roll(best, -1), best[0] - 8)
+        # most tunes come again after eight bars, and few have a pickup of half a bar or more
+        best += 40 * repeated(tune, 8 * len(places))
+        for place, score in enumerate(best):
+            pickup = -place % len(places)
+            scores[name, pickup / 2] = score - 4 * (2 * pickup >= len(places))
+    return scores
+
+
+def melody_cues(notes):
+    """For each half beat: the key struck (-1: none), and how long it lasts to the next note, as a column of LENGTHS
+    (counted from 1, 0: none)."""
+    steps = np.rint(2 * notes[:, 1]).astype(int)
+    tune = np.full(steps.max(initial=-1) + 1, -1)
+    lengths = np.zeros(len(tune), dtype=int)
+    lasts = np.diff(notes[:, 1], append=notes[-1:, 2])
+    on_grid = np.abs(2 * notes[:, 1] - steps) < 0.2
+    tune[steps[on_grid]] = notes[on_grid, 0]
+    lengths[steps[on_grid]] = 1 + np.searchsorted(LIMITS, lasts[on_grid])
+    return tune, lengths
+
+
+def chord_cues(notes, halves):
+    """For each half beat: 0 no chord begins, 1 the same chord as before, 2 another chord."""
+    struck = {}
+    for key, onset, _ in notes:
+        step = round(2 * onset)
+        if step < halves and abs(2 * onset - step) < 0.2:
+            struck.setdefault(step, set()).add(int(key) % 12)
+    cues = np.zeros(halves, dtype=int)
+    before = set()
+    for step in sorted(struck):
+        chord = struck[step]
+        # a bass note alone belongs to the chord that follows it
+        if len(chord) == 1:
+            soon = [struck[later] for later in range(step + 1, step + 4) if len(struck.get(later, ())) > 1]
+            chord = chord.union(*soon[:1])
+        if len(chord) > 1:
+            same = chord <= before or len(before) > 0 and before <= chord
+            before = before | chord if same else chord
+            cues[step] = 1 if same else 2
+    return cues
+
+
+def repeated(tune, lag):
+    """The share of a tune's notes that were struck `lag` half beats before, too."""
+    later = tune[lag:]
+    again = later == tune[:len(later)]
+    struck = later >= 0
+    return again[struck].mean() if struck.any() else 0.0
