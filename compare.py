@@ -261,7 +261,7 @@ def model_column(name, model, dataset, real, book, args):
             tunes.append((nats, study(notes, book, len(frames) <= length)))
     if not tunes:
         raise UserError(f'{name} composed no tune that can be read: train it for longer')
-    facts['tunes that can be read'] = f'{len(tunes)}'
+    facts['tunes that can be read'] = f'{len(tunes)} of {len(composed)}'
     tunes.sort(key=lambda tune: tune[0])
     nats, median = tunes[len(tunes) // 2]
     facts['nats a frame of its median tune'] = f'{nats:.3f}'
@@ -294,36 +294,37 @@ def print_table(rows):
         print(f'{row[""]:31}', *cells)
 
 
-def draw_distances(columns, top):
-    """A bar for each feature and column: (SVG elements, height where they end)."""
-    elements = [render.text(8, top + 16, 'Kolmogorov-Smirnov distance to the real songs, from 0 to 1', 'title')]
+def draw_distances(drawing, columns):
+    """Add a bar for each feature and column to a Drawing."""
+    top = drawing.bottom + 34
+    drawing.text(8, top - 18, 'Kolmogorov-Smirnov distance to the real songs, from 0 to 1', 'title')
     for i, column in enumerate(columns):
-        words = f'■ {render.label(column.name)}'
-        elements.append(render.text(778, top + 44 + 14 * i, words, render.colour(i)))
-    top += 34
+        drawing.text(778, top + 10 + 14 * i, f'■ {render.label(column.name)}', render.colour(i))
     for name in columns[0].distances:
-        elements.append(render.text(180, top + 3 * len(columns) + 4, name, 'end'))
+        drawing.text(180, top + 3 * len(columns) + 4, name, 'end')
         for i, column in enumerate(columns):
-            bar = f'M190 {top + 3}h{570 * column.distances[name]:.1f}'
-            elements.append(render.strokes(render.colour(i), 5, [bar]))
+            length = 570 * column.distances[name]
+            drawing.strokes(render.colour(i), 5, f'M190 {top + 3}h{length:.1f}')
             top += 6
         top += 8
-    return elements, top + 10
+    drawing.bottom = top + 10
 
 
 def draw(real, training, models, losses):
     """The picture, bytes: loss curves {name: points}, a bar for each feature, and piano rolls of a real song and of the
     tune of each model that is its median by nats."""
-    body, top = render.loss_chart(losses) if losses else ([], 0)
-    elements, top = draw_distances([*models, training], top)
-    body += elements
+    drawing = render.Drawing()
+    if losses:
+        render.draw_chart(drawing, losses)
+    draw_distances(drawing, [*models, training])
     for column in [real, *models]:
         bar, pickup = notation.metre(column.notes)
         metre = notation.metre_text(column.notes, bar, pickup)
-        body.append(render.text(render.LEFT, top + 16, f'{render.label(column.name)}, {metre}', 'title'))
-        elements, top = render.roll(column.notes, top + 28, metre, pickup, lines=2)
-        body += elements
-    return render.page(top, 'comparison', body)
+        name = render.label(column.name)
+        drawing.text(render.LEFT, drawing.bottom + 16, f'{name}, {metre}', 'title')
+        drawing.bottom += 28
+        render.draw_roll(drawing, column.notes, metre, pickup, lines=2)
+    return drawing.svg('comparison')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

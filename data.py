@@ -69,6 +69,14 @@ def move_keys(planes, semitones):
     return np.roll(planes, semitones, axis=2)
 
 
+def moved(song, semitones):
+    """A Song moved up, with its key signature; its text no longer holds."""
+    if not semitones:
+        return song
+    sharps = None if song.sharps is None else (song.sharps + 7 * semitones + 5) % 12 - 5
+    return song._replace(notes=song.notes + [semitones, 0, 0], sharps=sharps, text=None)
+
+
 class Representation:
     """What the three have in common; each has V, encode, decode, transpose and steps, and in `settings` what builds it
     again."""
@@ -77,19 +85,21 @@ class Representation:
         """Frames (T, V) to a Song. Raises UserError if they are no music."""
         return Song('', self.decode(frames))
 
-    def opening(self, path, beats, shift):
-        """The first beats of the first tune in a .mid or .abc file, moved by shift semitones, as a Song and as frames
-        (T, V) to go on from. Raises UserError if there are no notes in them."""
+    def opening(self, path, beats, common_key):
+        """The first beats of the first tune in a .mid or .abc file: as a Song, as frames (T, V) to go on from, and by
+        how many semitones it was moved to the common key. Raises UserError if there are no notes in them."""
         song = read_song(path)
         notes = song.notes[song.notes[:, 1] < beats]
         if not len(notes):
             raise UserError(f'{path} has no notes in its first {beats:g} beats: '
                             'give another --prompt or more --prompt_beats')
-        moved = notes + [shift(song), 0, 0]
-        moved[:, 2] = np.minimum(moved[:, 2], beats)
-        unchanged = len(notes) == len(song.notes) and not shift(song)
-        song = song._replace(notes=moved, text=song.text if unchanged else None)
-        return song, self.encode(song)
+        cut = notes.copy()
+        cut[:, 2] = np.minimum(cut[:, 2], beats)
+        if len(notes) < len(song.notes):
+            song = song._replace(text=None)
+        semitones = common_key_shift(song) if common_key else 0
+        song = moved(song._replace(notes=cut), semitones)
+        return song, self.encode(song), semitones
 
 
 def read_song(path):
@@ -266,14 +276,15 @@ class AbcText(Representation):
         """Frames (T, V) to notes (N, 3) in beats; raises UserError if they are not valid ABC."""
         return self.to_song(frames).notes
 
-    def opening(self, path, beats, shift):
+    def opening(self, path, beats, common_key):
         """As in Representation; and a file of fields alone, M:6/8 and K:D for one, asks for a tune in that metre and
         key."""
         header = read_header(path) if path.suffix.lower() == '.abc' else ''
         if header:
-            return Song('', np.zeros((0, 3)), text=header), self.encode_text(header)
-        song, frames = super().opening(path, beats, shift)
-        return song, self.encode_text(self.text(frames).rstrip('|]\n '))      # it goes on, so it has no end
+            return Song('', np.zeros((0, 3)), text=header), self.encode_text(header), 0
+        song, frames, semitones = super().opening(path, beats, common_key)
+        text = self.text(frames).rstrip('|]\n ')           # it goes on, so it has no end
+        return song, self.encode_text(text), semitones
 
     def transpose(self, frames, semitones):
         """Text is not transposed: a key is a way of writing."""
@@ -373,6 +384,7 @@ class Dataset:
         frames (B, T + 2, V) torch.uint8: a boundary, the song, a boundary, and zeros up to the longest of the B songs;
         lengths (B,) torch.int64: frames of each song without its boundaries; beats (B,) torch.float64."""
         lengths = self.lengths(split)
+        every = max(1, min(every, len(lengths)))
         order = np.argsort(lengths, kind='stable')[every // 2::every]
         for songs in np.split(order, range(batch_size, len(order), batch_size)):
             frames = np.zeros((len(songs), lengths[songs[-1]] + 2, self.representation.V), dtype=np.uint8)
@@ -427,7 +439,7 @@ def load(data='nottingham', representation=None, common_key=False, log=print):
         if song.notes[:, 2].max() > longest:
             skipped.append(f'{song.name} is longer than {longest:,.0f} beats: cut it, or lower --steps_per_beat')
         elif common_key:
-            songs.append((file, song._replace(notes=song.notes + [common_key_shift(song), 0, 0], text=None)))
+            songs.append((file, moved(song, common_key_shift(song))))
         else:
             songs.append((file, song))
     if not songs:
@@ -454,6 +466,7 @@ def read_music(path, log):
     """All songs of a folder, zip or file: ([(file name, Song)], [a sentence for what is skipped])."""
     songs = []
     skipped = []
+    open_zip.cache_clear()      # there may be another file of this name by now
     files = music_files(path, log)
     for file, (found, sentences) in zip(files, read_files(files)):
         songs += [(file.name, song) for song in found]
@@ -510,7 +523,7 @@ def read_member(file):
 
 def music_files(path, log):
     """The music Files of a path."""
-    if not path.exists() or path == Path():
+    if not os.path.exists(path) or path == Path():
         raise UserError(f'there is no --data={path}: give a folder, a .zip, .mid, .abc or .npz')
     if path.is_dir():
         paths = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)

@@ -17,6 +17,7 @@ import bisect
 import io
 import math
 import pickle
+import zipfile
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import replace
@@ -713,12 +714,16 @@ def load_checkpoint(path, device='cpu'):
     runs no code (weights_only), its weights have to be those of a model of its config, and finite."""
     content = read_bytes(path)
     try:
+        # torch does not look at the checksums
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():
+            raise ValueError('its checksums are wrong')
         checkpoint = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
         if checkpoint['version'] != VERSION:
             raise ValueError(f'it is of version {checkpoint["version"]}, this code reads {VERSION}')
         with torch.device('meta'):
             model = Model(Config(**checkpoint['config']))
-        model.load_state_dict(checkpoint['model'], assign=True)
+        # a copy, since torch notes 'assign' in the dictionary it gets
+        model.load_state_dict(dict(checkpoint['model']), assign=True)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError('its weights are not finite')
     except Exception as e:      # whatever unzipping and unpickling make of bytes that are not a checkpoint

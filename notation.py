@@ -6,8 +6,6 @@ N is the number of notes in a tune.
 
 import bisect
 import contextlib
-import errno
-import functools
 import io
 import itertools
 import os
@@ -35,8 +33,7 @@ class UserError(ValueError):
     """Something the user can mend: one sentence that names the file or option, and the mend."""
 
     def __init__(self, sentence):
-        line = printable(sentence)
-        super().__init__(line if len(line) <= 300 else line[:297] + '...')
+        super().__init__(printable(sentence)[:300])
 
 
 def printable(text):
@@ -50,7 +47,7 @@ def read_bytes(path, limit=None):
     Raises UserError if it is too large or cannot be read; a pipe would hang and a device might never end."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(errno.EINVAL, 'it is no plain file')
+            raise OSError(0, 'it is no plain file')
         with open(path, 'rb') as file:
             return open_music(file, path, '', limit)[0]
     except OSError as e:
@@ -106,14 +103,11 @@ def clear_parts(folder, stem):
 
 
 def is_alive(pid):
-    """Is there a process of this number?"""
+    """Is there a process of this number? If we may not signal it, it is another user's."""
     try:
         os.kill(pid, 0)
-    # it is another user's
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
+    except (OSError, OverflowError) as e:
+        return isinstance(e, PermissionError)
     return True
 
 
@@ -123,23 +117,15 @@ def is_alive(pid):
 class Song(NamedTuple):
     """A tune; what its file does not tell is None."""
     name: str
-    # (N, 3) float64 rows (key 0..87, onset, end), times in beats, sorted by (onset, key)
-    notes: np.ndarray
-    # quarter notes a minute, for playback
-    tempo: float = 120.0
-    # key signature: sharps, or minus the flats
-    sharps: int | None = None
+    notes: np.ndarray   # (N, 3) float64 rows (key 0..87, onset, end), times in beats, sorted by (onset, key)
+    tempo: float = 120.0   # quarter notes a minute
+    sharps: int | None = None   # of the key signature; below 0: flats
     minor: bool = False
-    # such as '6/8'
-    metre: str | None = None
-    # the beat where the first full bar begins
-    pickup: float | None = None
-    # notes outside A0..C8, left out
-    dropped: int = 0
-    # beats of silence at the end, after the last note
-    silence: float = 0.0
-    # the ABC it was read from: its fields M, L and K, and the music
-    text: str | None = None
+    metre: str | None = None   # such as '6/8'
+    pickup: float | None = None   # the beat where the first full bar begins
+    dropped: int = 0   # notes outside A0..C8, left out
+    silence: float = 0.0   # beats of silence at the end, after the last note
+    text: str | None = None   # the ABC it was read from: its fields M, L and K, and the music
 
 
 def song_from_rows(name, rows, **more):
@@ -180,12 +166,169 @@ def is_melody(notes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Keys
+
+# letters by fifths: a key of n sharps raises the first n
+FIFTHS = 'FCGDAEB'
+# How well each pitch class fits a major and a minor key on C (Krumhansl and Kessler 1982)
+PROFILES = np.array([[6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88],
+                     [6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17]])
+
+
+def sharps(key):
+    """Sharps of a key written as letter, # or b, and m for minor: C 0, G 1, F#m 3, Bb -2."""
+    return FIFTHS.index(key[0]) - 1 + 7 * (key.count('#') - key.count('b')) - 3 * key.endswith('m')
+
+
+def key_name(sharps, minor=False):
+    """The key of a signature: (2, False) is 'D', (-1, True) is 'Dm'; nobody writes more than seven signs."""
+    if abs(sharps) > 7:
+        sharps = (sharps + 5) % 12 - 5
+    signs, letter = divmod(sharps + 1 + 3 * minor, 7)
+    return FIFTHS[letter] + '#' * signs + 'b' * -signs + 'm' * minor
+
+
+def tonic(sharps, minor=False):
+    """Pitch class (C = 0) of the tonic of a key signature."""
+    return (7 * sharps + 9 * minor) % 12
+
+
+def estimate_key(notes):
+    """(sharps -5..6, is it minor?) of the major or minor key whose Krumhansl-Kessler profile correlates best with the
+    time that notes (N, 3) spend on each pitch class."""
+    notes = as_notes(notes)
+    pitch_class = (notes[:, 0].astype(int) + LOWEST) % 12
+    length = np.maximum(notes[:, 2] - notes[:, 1], 1e-3)
+    time = np.bincount(pitch_class, length, 12)
+    z = (PROFILES - PROFILES.mean(1, keepdims=True)) / PROFILES.std(1, keepdims=True)
+    # correlation, but for a factor that all keys share
+    fit = [z @ np.roll(time, -root) for root in range(12)]
+    root, minor = divmod(int(np.argmax(fit)), 2)
+    return (7 * (root + 3 * minor) + 5) % 12 - 5, bool(minor)
+
+
+def common_key_shift(song):
+    """Semitones that move a Song to C major or A minor by its key signature (estimated where it has none): -6..5
+    (G 5, D -2, A 3); an octave off that where a note would leave the keyboard, 0 where nothing fits."""
+    count = estimate_key(song.notes)[0] if song.sharps is None else song.sharps
+    shift = (-7 * count + 6) % 12 - 6
+    low = -song.notes[:, 0].min(initial=KEYS)
+    high = KEYS - 1 - song.notes[:, 0].max(initial=0)
+    return next((s for s in (shift, shift + 12, shift - 12) if low <= s <= high), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metre
+
+# What each half beat of a bar is: D down beat, H half of the bar, B another beat, o between beats; where a beat is
+# three eighths: P first beat, Q another one
+BARS = {'4/4': 'DoBoHoBo', '3/4': 'DoBoBo', '2/4': 'DoBo', '6/8': 'PooQoo', '9/8': 'PooQooQoo'}
+# Of 100 melody notes that begin there, how many last less than an eighth, an eighth, a quarter, a dotted quarter, more
+# (counted in 615 tunes of the Nottingham collection); LIMITS in beats separate them
+LENGTHS = dict(D=(3, 36, 41, 6, 14), H=(1, 37, 50, 4, 8), B=(3, 54, 41, 1, 1),
+               P=(1, 55, 29, 10, 5), Q=(1, 54, 36, 8, 1), o=(2, 94, 2, 1, 1))
+LIMITS = (0.4, 0.8, 1.2, 1.8)
+# Of 100 such places, how many have no chord, the same chord struck again, another chord: between what is counted in
+# Nottingham, where the half of a bar has 4, and in books whose chords change more often
+CHORDS = dict(D=(10, 30, 60), P=(10, 30, 60), H=(85, 5, 10), Q=(85, 5, 10), B=(98, 1, 1), o=(98, 1, 1))
+# how much of a long piece we look at, in beats
+METRE_BEATS = 512
+
+
+def bar_beats(metre):
+    """Beats (quarter notes) in a bar: '6/8' has 3."""
+    count, unit = metre.split('/')
+    return 4 * int(count) / int(unit)
+
+
+def metre(notes, bar=None):
+    """(beats a bar, the beat where the first full bar begins) of notes (N, 3), from the notes alone.
+
+    bar: the beats a bar where they are known; else it is 2, 3, 4 or 4.5. Of all metres and pickups, on half beats, it
+    is the likeliest by where chords change and how long melody notes are.
+    Source: the bar pointer model (Whiteley, Cemgil and Godsill 2006), with half beats as frames.
+    """
+    scores = metre_scores(notes, bar)
+    # a bar that is not among BARS
+    if not scores:
+        return bar, 0.0
+    name, pickup = max(scores, key=scores.get)
+    return bar_beats(name), pickup
+
+
+def metre_text(notes, bar, pickup):
+    """The metre as a musician writes it; bars of three beats are '6/8' or '3/4' by how the melody divides them."""
+    notes = as_notes(notes)
+    start = round(2 * pickup) % round(2 * bar) / 2
+    scores = metre_scores(notes[is_melody(notes)], bar)
+    known = {name: score for (name, pickup), score in scores.items() if pickup == start}
+    if known:
+        return max(known, key=known.get)
+    return f'{bar:g}/4' if bar % 1 == 0 else f'{2 * bar:g}/8'
+
+
+def metre_scores(notes, bar=None):
+    """{(metre, pickup): how likely it is, as a logarithm and but for a constant} for all BARS of so many beats."""
+    notes = one_per_key(as_notes(notes))
+    notes = notes[notes[:, 1] < METRE_BEATS]
+    melody = is_melody(notes)
+    lengths = length_cues(notes[melody])
+    chords = chord_cues(notes[~melody], len(lengths))
+    # chords tell more than the melody, and what both say must not count twice
+    weight = 0.1 if chords.any() else 0.6
+    scores = {}
+    for name, places in BARS.items():
+        size = len(places)
+        if bar not in (None, size / 2):
+            continue
+        # (place in the bar, kind of cue), then (place, half beat)
+        of_length = np.log([(100, *LENGTHS[place]) for place in places])
+        of_chord = np.log([CHORDS[place] for place in places])
+        fit = weight * of_length[:, lengths]
+        if chords.any():
+            fit += of_chord[:, chords]
+        # going backwards, for each place in the bar: the best score from here to the end if we are there now; what
+        # follows is the next place or, at a price, a new bar before this one is full (at the end of a part)
+        best = np.zeros(size)
+        following = np.arange(1, size + 1) % size
+        for now in fit.T[::-1]:
+            best = now + np.maximum(best[following], best[0] - 8)
+        for pickup in range(size):
+            # few have a pickup of half a bar or more
+            scores[name, pickup / 2] = best[-pickup] - 4 * (2 * pickup >= size)
+    return scores
+
+
+def length_cues(notes):
+    """For each half beat: 0 no note begins, else how long it lasts to the next note, as a column of LENGTHS."""
+    steps = np.rint(2 * notes[:, 1]).astype(int)
+    cues = np.zeros(steps.max(initial=-1) + 1, dtype=int)
+    lasts = np.diff(notes[:, 1], append=notes[-1:, 2])
+    on_grid = np.abs(2 * notes[:, 1] - steps) < 0.2
+    cues[steps[on_grid]] = 1 + np.searchsorted(LIMITS, lasts[on_grid])
+    return cues
+
+
+def chord_cues(notes, halves):
+    """For each half beat: 0 no chord begins, 1 the same chord as before, 2 another chord."""
+    struck = {}
+    for key, onset, _ in notes:
+        struck.setdefault(round(2 * onset), set()).add(int(key) % 12)
+    cues = np.zeros(halves, dtype=int)
+    before = set()
+    for step, chord in sorted(struck.items()):
+        # a note alone tells nothing
+        if len(chord) > 1 and step < halves:
+            cues[step] = 1 if chord <= before else 2
+            before = chord
+    return cues
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # MIDI
 
-# ticks to a beat in the files we write
-TICKS = 480
-# bytes in a file: a piano concerto has 0.5 MB; the largest that is read costs 2 s
-MAX_MIDI = 2 << 20
+TICKS = 480   # to a beat, in the files we write
+MAX_MIDI = 2 << 20   # bytes in a file: a piano concerto has 0.5 MB; the largest that is read costs 2 s
 # kinds of events: the status byte without its channel; what is no music (tempo, key, text) is 0x100 + its type
 NOTE_OFF = 0x80
 NOTE_ON = 0x90
@@ -194,12 +337,10 @@ END_OF_TRACK = 0x12F
 TEMPO = 0x151
 TIME_SIGNATURE = 0x158
 KEY_SIGNATURE = 0x159
-KINDS = {NOTE_OFF, NOTE_ON, CONTROLLER, TEMPO, TIME_SIGNATURE, KEY_SIGNATURE}
 # how many data bytes follow the status byte; those that are not here have none
 DATA_BYTES = {0x80: 2, 0x90: 2, 0xA0: 2, 0xB0: 2, 0xC0: 1, 0xD0: 1, 0xE0: 2, 0xF1: 1, 0xF2: 2, 0xF3: 1}
-# the controller that is the sustain pedal, and the channel of the drums, counted from 0
-PEDAL = 64
-PERCUSSION = 9
+PEDAL = 64   # the controller that is the sustain pedal
+PERCUSSION = 9   # the channel of the drums, counted from 0
 
 
 def read_midi(file, name=None):
@@ -227,16 +368,15 @@ def read_midi(file, name=None):
             track, end = read_track(content, start)
             tracks.append(track)
             start = content.find(b'MTrk', end)
-    except (IndexError, OverflowError) as e:
-        what = 'it ends in the midst of an event' if isinstance(e, IndexError) else e
-        raise UserError(f'{name} is not a whole MIDI file ({what}): replace it or leave it out') from None
+    except IndexError:
+        raise UserError(f'{name} ends in the midst of an event: replace it or leave it out') from None
     return song_from_tracks(name, tracks, ticks_per_beat)
 
 
 def read_track(content, start):
     """The events (tick, kind, channel, data) of the track whose MTrk stands at start, and where it ends.
 
-    Raises IndexError where the file ends too early, OverflowError where a number has no end."""
+    Raises IndexError where the file ends too early."""
     i = start + 8
     # where the next track begins, or at the end of the file (-1 % (n + 1) is n)
     end = content.find(b'MTrk', i) % (len(content) + 1)
@@ -245,8 +385,7 @@ def read_track(content, start):
         end = min(end, i + int.from_bytes(content[start + 4:i]))
     events = []
     tick = 0
-    # the status byte of the latest event of a channel
-    running = 0
+    running = 0   # the status byte of the latest event of a channel
     kind = None
     while i < end and kind != END_OF_TRACK:
         delta, i = read_number(content, i)
@@ -269,25 +408,24 @@ def read_track(content, start):
             size, i = read_number(content, i)
         if i + size > len(content):
             raise IndexError
-        if kind in KINDS:
-            events.append((tick, kind, status & 15, content[i:i + size]))
+        events.append((tick, kind, status & 15, content[i:i + size]))
         i += size
-    return events + [(tick, END_OF_TRACK, 0, b'')], i
+    return events, i
 
 
 def read_number(content, i):
-    """A number of seven bits a byte, the last byte below 128, and where it ends. Up to four bytes are legal."""
+    """A number of seven bits a byte, the last byte below 128, and where it ends; a long one counts as eight bytes."""
     number = 0
-    for j in range(i, i + 8):
-        number = number << 7 | content[j] & 127
-        if content[j] < 128:
-            return number, j + 1
-    raise OverflowError('endless delta time')
+    for i in range(i, i + 8):
+        number = number << 7 | content[i] & 127
+        if content[i] < 128:
+            break
+    return number, i + 1
 
 
 def song_from_tracks(name, tracks, ticks_per_beat):
     """The Song of tracks, each a list of events."""
-    last = max(track[-1][0] for track in tracks)
+    last = max((tick for track in tracks for tick, *_ in track), default=0)
     rows = [row for track in tracks for row in notes_of_track(track, last)]
     others = [event for track in tracks for event in track if event[1] >= CONTROLLER]
     others.sort(key=lambda event: event[0])
@@ -329,19 +467,17 @@ def hold_by_pedal(rows, events, last):
             if turns[-1][1] != (data[1] >= 64):
                 turns.append((tick, data[1] >= 64))
     for row in rows:
-        turns = moves.get(row[3], [])
+        turns = moves.get(row[3], [(0, False)])
         # the first turn after the note's end
         i = bisect.bisect(turns, row[2], key=lambda turn: turn[0])
-        if i > 0 and turns[i - 1][1]:
+        if turns[i - 1][1]:
             row[2] = turns[i][0] if i < len(turns) else last
 
 
 def signatures(events, first_note, ticks_per_beat):
     """Fields of Song that events tell, in order of time: the tempo at the first note, the first key and metre."""
-    # what holds until another is told
-    told = dict(tempo=120.0)
-    # beat -> metre
-    metres = {}
+    told = {}
+    metres = {}   # beat -> metre
     for tick, kind, _, data in events:
         if kind == TEMPO and len(data) == 3 and any(data) and tick <= first_note:
             told['tempo'] = 6e7 / int.from_bytes(data)
@@ -355,8 +491,8 @@ def signatures(events, first_note, ticks_per_beat):
         told['metre'] = next(iter(metres.values()))
     # a first bar that is shorter than the next is a pickup
     if len(metres) > 1:
-        (_, short), (begin, metre) = list(metres.items())[:2]
-        if abs(bar_beats(short) - begin) < 0.01 and begin < bar_beats(metre):
+        begin, metre = list(metres.items())[1]
+        if abs(bar_beats(told['metre']) - begin) < 0.01 and begin < bar_beats(metre):
             told.update(metre=metre, pickup=begin)
     return told
 
@@ -376,7 +512,7 @@ def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metr
     if sharps is not None:
         events.append((0, 0, mido.MetaMessage('key_signature', key=key_name(sharps, minor))))
     if metre:
-        events += [(round(beat * TICKS), 0, message) for beat, message in time_signatures(metre, pickup or 0)]
+        events += time_signatures(metre, pickup or 0)
     for key, onset, end in one_per_key(as_notes(notes)):
         note = int(key) + LOWEST
         tick = round(onset * TICKS)
@@ -387,8 +523,7 @@ def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metr
     track = mido.MidiTrack()
     now = 0
     for tick, _, message in events:
-        message.time = tick - now
-        track.append(message)
+        track.append(message.copy(time=tick - now))
         now = tick
     buffer = io.BytesIO()
     mido.MidiFile(type=0, ticks_per_beat=TICKS, charset='utf-8', tracks=[track]).save(file=buffer)
@@ -396,17 +531,16 @@ def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metr
 
 
 def time_signatures(metre, pickup):
-    """(beat, message) of a metre, and before it of the short bar that a pickup is, if a number of 64ths can tell it."""
-    count, unit = map(int, metre.split('/'))
-    # the metronome clicks with the beat: a dotted quarter has 36 clocks, a quarter 24
-    clocks = 36 if unit == 8 and count % 3 == 0 else 24
-    full = mido.MetaMessage('time_signature', numerator=count, denominator=unit, clocks_per_click=clocks)
+    """Events of a metre, and of the short bar that a pickup is, if a number of 64ths can tell it."""
+    def event(beat, count, unit):
+        return round(beat * TICKS), 0, mido.MetaMessage('time_signature', numerator=count, denominator=unit)
+
     length = Fraction(pickup) / 4
+    count, unit = map(int, metre.split('/'))
     if length <= 0 or 64 % length.denominator:
-        return [(0, full)]
-    unit = max(4, length.denominator)
-    short = mido.MetaMessage('time_signature', numerator=int(length * unit), denominator=unit)
-    return [(0, short), (pickup, full)]
+        return [event(0, count, unit)]
+    short = max(4, length.denominator)
+    return [event(0, int(length * short), short), event(pickup, count, unit)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,15 +548,10 @@ def time_signatures(metre, pickup):
 
 # A tune is read in three steps. `Page.spell` turns the written music into events, with every pitch and length worked
 # out (what the order on the page decides); `arrange` puts the events into the order of playing; `play` counts time.
+# An event is a Sound, a Bar, an Ending, a Symbol, or one of the words DC, DS, segno, fine.
 
-# bytes in an ABC file
-MAX_BOOK = 64 << 20
-# characters in a tune, and events in its playing: they bound what a hostile tune can cost
-MAX_TUNE = 40_000
-# how often a part is played
-MAX_TURNS = 9
-# how many skipped tunes of a book are told one by one
-MAX_TOLD = 5
+MAX_BOOK = 64 << 20   # bytes in an ABC file
+MAX_TUNE = 40_000   # characters in a tune, and events in its playing: they bound what a hostile tune can cost
 
 SIGN = r'(?:\^\^?|__?|=)'
 LENGTH = r'(?:[1-9]\d{0,2})?/{0,4}(?:[1-9]\d{0,2})?'
@@ -432,22 +561,21 @@ WORDS = re.compile(rf'"[^"]*" | {DECORATION}', re.VERBOSE)
 # One group for each kind of token; no two of them can share long stretches of text, so matching stays linear.
 TOKEN = re.compile(rf"""
     (?P<field>   \[[A-Za-z]:[^\]\[\n]*\] )
-  | (?P<quote>   "[^"]*" )
-  | (?P<mark>    {DECORATION} | [SO] )
-  | (?P<bar_line> :*(?:\[?\|[\]|]*:*)+ | :+\]? )
-  | (?P<ending>  \[?[1-9][\d,.-]* )
-  | (?P<tuplet>  \([1-9]\d?(?::\d{{0,2}}){{0,2}} )
-  | (?P<broken>  >{{1,3}} | <{{1,3}} )
+  | (?P<text>    "[^"]*" | {DECORATION} | S )
+  | (?P<bar_line> (?: \[?\| | : ) (?: [\s\\]* (?: \[?\| | : ) | \] )* )
+  | (?P<ending>  \[?[1-9](?:,[1-9])* )
+  | (?P<tuplet>  \([1-9](?::\d?){{0,2}} )
+  | (?P<broken>  (?:>{{1,3}}|<{{1,3}})(?![<>]) )
   | (?P<tie>     - )
   | (?P<sound>   (?: \[(?P<chord>[^\]\[\n]*)\] | (?P<note>{SIGN}?[A-Ga-g][,']*) | [zxZX] ) (?P<length>{LENGTH}) )
-  | (?P<overlay> & )
   | (?P<silent>  \{{[^{{}}]*\}} | y[\d/]* | [\s`'\\$(),.~\#*;?@%!+H-WYh-w] )
   | (?P<unknown> . )""", re.VERBOSE)
 SCALE = dict(C=0, D=2, E=4, F=5, G=7, A=9, B=11)
 ALTER = {'^': 1, '^^': 2, '=': 0, '_': -1, '__': -2, '#': 1, 'b': -1, '': 0}
-# How many sharps a mode has more than the major key on the same note.
-MODES = dict(maj=0, ion=0, lyd=1, mix=-1, dor=-2, min=-3, aeo=-3, m=-3, phr=-4, loc=-5, exp=0)
-# sevenths and the like, which a triad leaves out
+# how many sharps a mode has more than the major key on the same note
+MODES = dict(maj=0, ion=0, lyd=1, mix=-1, dor=-2, min=-3, aeo=-3, m=-3, phr=-4, loc=-5)
+# What may stand behind the root of a chord symbol, and the notes above the root; EXTRAS, sevenths and the like, are
+# left out
 EXTRAS = r'(?:maj|M|add|[\d#b+/-])*'
 TRIADS = {
     r'\d*sus4?': (0, 5, 7),
@@ -457,22 +585,17 @@ TRIADS = {
     rf'(?:min|mi|m|-){EXTRAS}': (0, 3, 7),
     EXTRAS: (0, 4, 7),
 }
-MARKS = {
-    'D.C.': r'\bd\. ?c\b|da ?capo',
-    'D.S.': r'\bd\. ?s\b|dal ?segno',
-    'fine': r'\bfine\b',
-    'coda': 'coda',
-    'segno': 'segno',
-}
-# What else musicians put for the signs of plain ABC.
+MARK = re.compile(r'(?i)(?P<DC>d\. ?c\b|da ?capo)|(?P<DS>d\. ?s\b|dal ?segno)|(?P<fine>\bfine\b)|(?P<segno>^S$|segno)')
+# what else musicians put for the signs of plain ABC
 PLAIN = str.maketrans('♯♭°øØ“”’\t', '#booo""\' ')
 
 
-class Sound(NamedTuple):
-    """Notes (MIDI numbers; none: a rest) for some beats; those that are tied go on in the next sound."""
-    notes: list
+@dataclass
+class Sound:
+    """Notes that begin together; those that are tied go on in the next sound."""
+    notes: dict   # place (letter, octave) -> MIDI note; empty: a rest
     beats: Fraction
-    tied: list
+    tied: set   # the places of those notes
 
 
 class Bar(NamedTuple):
@@ -492,31 +615,13 @@ class Symbol(NamedTuple):
     triad: list
 
 
-class Part(NamedTuple):
-    """Here begins the part of this label."""
-    label: str
-
-
-class Mark(NamedTuple):
-    """One of D.C., D.S., segno, coda, fine; or &: back to the start of the bar, where another voice begins."""
-    word: str
-
-
-class Key(NamedTuple):
-    """What a letter is raised by, in semitones; the signature, None where there is none."""
-    signs: dict
-    sharps: int | None
-    minor: bool
-
-
 def read_abc(file, name=None, skipped=None):
     """Read the tunes of an ABC file (a path, bytes or a binary file) into a list of Songs.
 
-    Repeats, endings, orders of parts, D.C., D.S., fine and coda are played out; voices sound together if they are
-    equally long. Chord symbols are close triads below the melody, each held to the next one. Grace notes, ornaments
-    and all that is only drawn are passed over. A tune that uses something else (macros, microtones) is skipped: a
-    sentence for each goes to the list `skipped` if it is given, else to stderr. Raises UserError if the file cannot
-    be read or has no tune at all.
+    Repeats, endings, parts (P:AABB), D.C., D.S. and fine are played out. Chord symbols are close triads below the
+    melody, each held to the next one. Grace notes, ornaments and all that is only drawn are passed over. A tune that
+    uses something else (voices, microtones) is skipped: a sentence for each goes to the list `skipped` if it is
+    given, else one about them to stderr. Raises UserError if the file cannot be read or has no tune at all.
     Source: the ABC music standard 2.1 (December 2011).
     """
     data, name = open_music(file, name, 'an ABC file', MAX_BOOK)
@@ -524,11 +629,10 @@ def read_abc(file, name=None, skipped=None):
         text = data.decode('utf-8-sig')
     except UnicodeDecodeError:
         text = data.decode('latin-1')
-    text = re.sub(r'\r\n?', '\n', text)
-    opening, *tunes = re.split(r'(?m)^(?=X:)', text)
+    opening, *tunes = re.split(r'(?m)^(?=X:)', re.sub(r'\r\n?', '\n', text))
     if not tunes:
         raise UserError(f'{name} has no tune in it (in ABC a tune starts with a line X:): give an ABC file')
-    defaults = list(dict(re.findall(r'(?m)^([MLQ]):(.*)', opening.split('\n\n')[0])).items())
+    defaults = dict(re.findall(r'(?m)^([MLQ]):(.*)', opening.split('\n\n')[0]))
     songs = []
     faults = []
     for tune in tunes:
@@ -538,19 +642,15 @@ def read_abc(file, name=None, skipped=None):
             songs.append(read_tune(title, tune, defaults))
         except UserError as e:
             faults.append(f'{name}: skipped the tune "{title}": {e}')
-    if skipped is None:
-        more = len(faults) - MAX_TOLD
-        told = faults[:MAX_TOLD] + [f'{name}: skipped {more:,} more tunes'] * (more > 0)
-        for sentence in told:
-            print(printable(sentence), file=sys.stderr)
-    else:
+    if skipped is not None:
         skipped += faults
+    elif faults:
+        print(printable(f'{faults[0]} ({len(faults):,} of {len(tunes):,} tunes were skipped)'), file=sys.stderr)
     return songs
 
 
-
 def read_tune(title, tune, defaults):
-    """The text of one tune to a Song; defaults are the fields (letter, value) at the head of the book."""
+    """The text of one tune to a Song; defaults are the fields, letter -> value, at the head of the book."""
     # an empty line ends a tune; what follows is free text
     tune = re.split(r'\n[ \t]*\n', tune)[0]
     if len(tune) > MAX_TUNE:
@@ -559,86 +659,65 @@ def read_tune(title, tune, defaults):
     tune = re.sub(r'(?m)^%.*\n|(?<!\\)%.*', '', tune)
     tune = re.sub(r'[^ -~\n]', '', tune.translate(PLAIN))
     head, key, body = (re.split(r'(?m)^K:(.*)', tune, maxsplit=1) + ['', ''])[:3]
-    fields = defaults + re.findall(r'(?m)^([A-Za-z]):(.*)', head) + [('K', key)]
+    fields = defaults | dict(re.findall(r'(?m)^([A-Za-z]):(.*)', head)) | {'K': key}
+    fields = {letter: value.strip() for letter, value in fields.items()}
     page = Page()
-    for letter, value in fields:
+    for letter, value in fields.items():
         page.take(letter, value)
     page.unit = page.unit or Fraction(1, 16 if page.bar and page.bar < Fraction(3, 4) else 8)
     # field lines in the body become inline fields, or nothing where they make no sound; a line "A:|" is music
-    body = re.sub(r'(?m)^([A-Za-z+]):(?![|:])(.*)\n?', lambda m: f'[{m[0].strip()}]\n' * (m[1] in 'KLMPQVm'), body)
-    order = part_order(dict(fields).get('P', ''))
-    header_voices = [value.strip() for letter, value in fields if letter == 'V']
-    voices = [play(page.copy(), music, order) for music in split_voices(header_voices, body)]
-    voices = [voice for voice in voices if voice.rows] or voices
-    if len({voice.length for voice in voices}) > 1:
-        raise UserError('its voices differ in length')
-    rows = [row for voice in voices for row in voice.rows]
-    symbols = sorted((symbol for voice in voices for symbol in voice.symbols), key=lambda symbol: symbol[0])
-    rows += triads(symbols, rows, float(voices[0].length))
+    body = re.sub(r'(?m)^([A-Za-z+]):(?![|:])(.*)\n?', lambda m: f'[{m[0].strip()}]\n' * (m[1] in 'KLMPQV'), body)
+    if len(set(re.findall(r'\[V:\s*([^\]\s]*)', body))) > 1:
+        raise UserError('it has several voices')
+    # what the header says, before the music changes it
+    told = dict(sharps=page.key[1], minor=page.key[2])
+    bar = page.bar
+    fields |= dict(M=page.metre, L=str(page.unit))
+    rows, symbols, length, first_bar = play(spell_parts(page, fields.get('P', ''), body))
+    rows += triads(symbols, rows, length)
     if not any(LOWEST <= row[0] < LOWEST + KEYS for row in rows):
         raise UserError('it has no notes')
-    fields = dict(sharps=page.key.sharps, minor=page.key.minor, tempo=read_tempo(voices[0].tempo, page.unit))
-    if '/' in page.metre:
-        first_bar = voices[0].first_bar
-        fields |= dict(metre=page.metre, pickup=float(first_bar) if first_bar < 4 * page.bar else 0.0)
-    lines = [f'M:{page.metre}'] * bool(page.metre) + [f'L:{page.unit}'] + [f'P:{order}'] * bool(order)
-    lines += [f'V:{value}' for value in header_voices] + [f'K:{key.strip()}', re.sub(r'\[Q:[^\]\n]*\]', '', body)]
-    text = re.sub(r' *\n\s*', '\n', re.sub(' +', ' ', '\n'.join(lines).strip()))
-    return song_from_rows(title, rows, text=text + '\n', **fields)
+    if bar and fields['M']:
+        told |= dict(metre=fields['M'], pickup=first_bar if first_bar < 4 * bar else 0.0)
+    told |= dict(tempo=read_tempo(page.tempo, Fraction(fields['L'])), silence=length - max(row[2] for row in rows))
+    lines = [f'{letter}:{fields[letter]}' for letter in 'MLPVK' if letter == 'K' or fields.get(letter)]
+    text = '\n'.join(lines + [re.sub(r'\[Q:[^\]\n]*\]', '', body)])
+    text = re.sub(r' *\n\s*', '\n', re.sub(' +', ' ', text.strip()))
+    return song_from_rows(title, rows, text=text + '\n', **told)
 
 
-def split_voices(header, body):
-    """The music of each voice, in pieces on the page, put together; its V: fields stay in it."""
-    first, *pieces = re.split(r'\[V:([^\]\n]*)\]', body)
-    voices = {}
-    for value, music in [(value, '') for value in header] + list(zip(pieces[::2], pieces[1::2])):
-        label = (value.split() or [''])[0]
-        voices[label] = voices.get(label, '') + f'[V:{value}]' + music
-    # one voice, whatever the header says
-    if not pieces:
-        return [body]
-    label = next(iter(voices))
-    voices[label] = first + voices[label]
-    return list(voices.values())
-
-
-def part_order(text):
-    """The text of a P: field in the header to labels: A(BC)2D3 -> ABCBCDDD."""
-    order = re.sub(r'[^A-Za-z\d()]', '', text)
-    again = re.compile(r'\(([^()]*)\)(\d*)|([A-Za-z])(\d+)')
-    while (m := again.search(order)) and len(order) < 1000:
-        times = min(int((m[2] or m[4] or '1')[:3]), 100)
-        order = order[:m.start()] + (m[1] or m[3] or '') * times + order[m.end():]
-    return re.sub(r'[^A-Za-z]', '', order)[:100]
+def spell_parts(page, order, body):
+    """Music to events, its parts (each begins with a field P:) in an order such as AABB."""
+    first, *parts = re.split(r'\[P:([^\]\n]*)\]', body)
+    if not set(order) & set(parts[::2]):
+        return page.spell(body)
+    if re.search(r'[(\d]', order):
+        raise UserError(f'cannot play its parts in the order {order[:40]}')
+    events = page.spell(first)
+    spelt = {label: page.spell(music) for label, music in zip(parts[::2], parts[1::2])}
+    for label in order[:100]:
+        events += [Bar(0, True, True), *spelt.get(label, [])]
+    return events
 
 
 def read_key(value):
-    """The text of a K: field to a Key; None if it only names a clef."""
+    """The text of a K: field to (letter -> semitones up, sharps or None, minor); None if it only names a clef."""
     value = re.sub(r'[\w-]+=\S*', '', value).strip()
     if re.match(r'(?:treble|bass|alto|tenor|perc|soprano|mezzo|baritone|[+-]8)', value):
         return None
+    # Highland pipes play F# and C#
+    value = re.sub('^H[Pp]', 'D', value)
     modes = r'(?i:maj|ion|min|aeo|mix|dor|phr|lyd|loc|exp)|m(?![a-z])|'
-    m = re.match(rf'HP|Hp|none|$|([A-Ga-g])([#b]?)\s*({modes})', value)
+    m = re.match(rf'none|$|([A-Ga-g])([#b]?)\s*({modes})', value)
     if not m:
         raise UserError(f'cannot read K:{value[:40]}')
     mode = (m[3] or 'maj').lower()
-    # Highland pipes play F# and C#
-    count = 2 if m[0] in ('HP', 'Hp') else None
+    count = None
     if m[1] and mode != 'exp':
         count = sharps(m[1].upper() + m[2]) + MODES[mode]
-    signs = {letter: ((count or 0) + 6 - i) // 7 for i, letter in enumerate('FCGDAEB')}
+    signs = {letter: ((count or 0) + 6 - i) // 7 for i, letter in enumerate(FIFTHS)}
     signs |= {letter.upper(): ALTER[sign] for sign, letter in re.findall(rf'({SIGN})([A-Ga-g])', value[m.end():])}
-    return Key(signs, count, MODES[mode] == -3)
-
-
-def read_shift(value):
-    """How many semitones a clef moves the notes (treble-8, octave=1, transpose=-2); None if it says nothing."""
-    octaves = [int(n) for n in re.findall(r'octave=([+-]?\d)(?!\d)', value)]
-    octaves += [int(sign + '1') * int(n) // 8 for sign, n in re.findall(r'(?<!=)([+-])(8|15)(?!\d)', value)]
-    semitones = [int(n) for n in re.findall(r'transpose=([+-]?\d\d?)(?!\d)', value)]
-    if 'shift=' in value:
-        raise UserError(f'cannot read {value.strip()[:40]}')
-    return 12 * sum(octaves) + sum(semitones) if octaves or semitones else None
+    return signs, count, MODES.get(mode) == -3
 
 
 def read_tempo(text, unit):
@@ -655,7 +734,7 @@ def read_tempo(text, unit):
 def read_triad(text):
     """A chord symbol to a close triad of MIDI notes, its root in C3..B3; [] for N.C., None if it is no chord."""
     text = re.sub(r'\([^()]*\)', '', text).strip()
-    if re.fullmatch(r'(?i)n\.? ?c\.?', text):
+    if re.fullmatch(r'(?i)\^?n\.? ?c\.?', text):
         return []
     m = re.fullmatch(r'([A-G])([#b]?)(.*?)\s*(/[\^_=]?[A-Ga-g][#b^_=+-]?)?', text)
     for quality, intervals in TRIADS.items() if m else ():
@@ -665,196 +744,126 @@ def read_triad(text):
     return None
 
 
-def read_mark(text):
-    """The word of a jump in a decoration or a text: 'D.C.', 'D.S.', 'fine', 'coda', 'segno'; None for other texts."""
-    text = {'S': 'segno', 'O': 'coda'}.get(text, text.lower())
-    return next((word for word, pattern in MARKS.items() if re.search(pattern, text)), None)
-
-
-@functools.lru_cache(1000)
-def read_length(text, unit):
-    """The length behind a note, in units (3, 3/2, / for 1/2, // for 1/4), to beats."""
+def read_length(text):
+    """The length behind a note (3, 3/2, / for 1/2, // for 1/4) to units."""
     above, below = re.fullmatch(r'(\d*)/*(\d*)', text).groups()
-    return 4 * unit * Fraction(int(above or 1), int(below or 2 ** text.count('/')))
+    return Fraction(int(above or 1), int(below or 2 ** text.count('/')))
 
 
 @dataclass
 class Page:
     """What the page says at the point to which we have read, and the events so far; a method for each kind of token."""
-    key: Key = Key({}, None, False)
-    # L: and M: in whole notes, M: and Q: as text
-    unit: Fraction | None = None
-    bar: Fraction | None = Fraction(1)
-    metre: str = ''
-    tempo: str = ''
-    # semitones by which a clef moves the notes
-    shift: int = 0
+    key: tuple = ({}, None, False)   # letter -> semitones up; sharps of the signature or None; is it minor?
+    unit: Fraction | None = None   # L: in whole notes
+    bar: Fraction | None = Fraction(1)   # M: in whole notes
+    metre: str = ''   # M: as text
+    tempo: str = ''   # Q: as text
+    shift: int = 0   # semitones by which a clef moves the notes
     events: list = field(default_factory=list)
-    # which event is the latest sound
-    last: int | None = None
-    # letter -> semitones, by the accidentals of this bar
-    altered: dict = field(default_factory=dict)
-    # (letter, octave) -> semitones in the latest sound, and those of its notes that are tied to the next one
-    spelt: dict = field(default_factory=dict)
-    tied: dict = field(default_factory=dict)
-    # broken rhythm: the next sound's share; tuplet: the factor, and how many sounds it still has
-    share: Fraction = 1
-    ratio: Fraction = 1
-    left: int = 0
-
-    def copy(self):
-        """A page with the same header and no music."""
-        return Page(self.key, self.unit, self.bar, self.metre, self.tempo, self.shift)
+    last: Sound = field(default_factory=lambda: Sound({}, Fraction(0), set()))   # the latest one
+    altered: dict = field(default_factory=dict)   # letter -> semitones, by the accidentals of this bar
+    factors: list = field(default_factory=list)   # of the lengths of the next sounds, by tuplets and broken rhythm
 
     def spell(self, music):
-        """Music to a list of events in the order in which they are written."""
+        """Music to events in the order in which they are written."""
+        self.events = []
         for m in TOKEN.finditer(music):
             getattr(self, m.lastgroup)(m)
         return self.events
 
     def take(self, letter, value):
         """Take note of a field; those that are not here do not sound."""
-        value = value.strip()
         if letter == 'M':
-            value = {'C': '4/4', 'C|': '2/2', 'free': 'none', '': 'none'}.get(value, value)
-            m = re.search(r'\(?(\d\d?(?:\+\d\d?)*)\)?\s*/\s*([1-9]\d?)', value)
-            count = sum(map(int, m[1].split('+'))) if m else 0
-            if not count and value != 'none':
-                raise UserError(f'cannot read M:{value[:40]}')
-            self.bar = Fraction(count, int(m[2])) if m else None
-            self.metre = f'{count}/{m[2]}' if m else 'none'
+            m = re.match(r'(\d\d?)\s*/\s*([1-9]\d?)', {'C': '4/4', 'C|': '2/2'}.get(value, value))
+            self.bar = Fraction(int(m[1]), int(m[2])) if m else None
+            self.metre = f'{m[1]}/{m[2]}' if m else 'none'
         elif letter == 'L':
-            m = re.match(r'([1-9]\d?)\s*(?:/\s*([1-9]\d{0,2}))?', value)
+            m = re.match(r'1\s*/\s*([1-9]\d{0,2})|1', value)
             if not m:
                 raise UserError(f'cannot read L:{value[:40]}')
-            self.unit = Fraction(int(m[1]), int(m[2] or 1))
+            self.unit = Fraction(1, int(m[1] or 1))
         elif letter in 'KV':
-            shift = read_shift(value)
-            self.shift = self.shift if shift is None else shift
+            # treble-8 and the like
+            m = re.search(r'([+-])8', value)
+            self.shift = int(m[1] + '12') if m else self.shift
             if letter == 'K':
                 self.key = read_key(value) or self.key
-        elif letter == 'Q' and self.last is None:
-            self.tempo = value
-        elif letter == 'P':
-            self.events.append(Part(value))
-        elif letter == 'm':
-            raise UserError(f'cannot read macros (m:{value[:40]})')
+        elif letter == 'Q':
+            self.tempo = self.tempo or value
 
     def field(self, m):
-        self.take(m[0][1], m[0][3:-1])
+        self.take(m[0][1], m[0][3:-1].strip())
 
-    def quote(self, m):
-        """Text in quotes: a chord, or a jump, or words to read."""
-        text = m[0][1:-1].strip()
-        triad = None
-        # silence as we write it, or else words with a place
-        if text in ('^', '^N.C.'):
-            triad = []
-        elif text[:1] not in tuple('^_<>@'):
-            triad = read_triad(text)
+    def text(self, m):
+        """A chord symbol, or a jump, or words and decorations, which do not sound."""
+        triad = read_triad(m[0][1:-1])
+        mark = MARK.search(m[0])
         if triad is not None:
             self.events.append(Symbol(triad))
-        else:
-            self.mark(m)
-
-    def mark(self, m):
-        word = read_mark(m[0].strip('!+"^_<>@ '))
-        if word:
-            self.events.append(Mark(word))
+        elif mark:
+            self.events.append(mark.lastgroup)
 
     def bar_line(self, m):
         """Bar lines side by side are one: |] and :| on the next line end a repeat."""
         self.altered = {}
-        text = m[0]
-        ends = len(text) - len(text.lstrip(':')) if '|' in text or ']' in text else int('::' in text)
-        # the bar line in [|]:| is not drawn
-        ends = ends or int(']:|' in text)
-        bar = Bar(ends, text.endswith(':') or '|:|' in text, bool(re.search(r'\|[|\]]|\[\|', text)))
-        if self.events and isinstance(self.events[-1], Bar):
-            before = self.events.pop()
-            bar = Bar(max(bar.ends, before.ends), bar.starts or before.starts, bar.double or before.double)
-        self.events.append(bar)
+        ends = max(map(len, re.findall(r'(?<![|:])(:+)[|\]]', m[0])), default=int(m[0].startswith('::')))
+        self.events.append(Bar(ends, m[0].endswith(':'), bool(re.search(r'\|[|\]]|\[\|', m[0]))))
 
     def ending(self, m):
-        """[1 or [1,3 or [1-3, or without the bracket after a bar line."""
+        """[1 or [1,3, or without the bracket after a bar line."""
         if m[0][0] != '[' and not (self.events and isinstance(self.events[-1], Bar)):
             self.unknown(m)
-        turns = []
-        for span in m[0].split(','):
-            numbers = [int(n) for n in re.findall(r'\d\d?', span)]
-            turns += range(numbers[0], numbers[-1] + 1) if numbers else []
-        self.events.append(Ending(turns or [0]))
+        self.events.append(Ending([int(turn) for turn in re.findall(r'\d', m[0])]))
 
     def tuplet(self, m):
         """(p:q:r puts p notes into the time of q, for the next r sounds."""
         p, q, r = (int(n or 0) for n in (m[0][1:] + '::').split(':')[:3])
-        compound = self.metre.split('/')[0] in ('6', '9', '12')
-        self.ratio = Fraction(q or {2: 3, 3: 2, 4: 3, 6: 2, 8: 3}.get(p, 3 if compound else 2), p)
-        self.left = r or p
+        compound = self.metre in ('6/8', '9/8', '12/8')
+        q = q or {2: 3, 3: 2, 4: 3, 6: 2, 8: 3}.get(p, 3 if compound else 2)
+        self.factors = [Fraction(q, p)] * (r or p)
 
     def broken(self, m):
         """A>B is A3/2 B/2, A>>B is A7/4 B/4."""
-        # a second one without a sound between: in exact fractions, a long row would take for ever
-        if self.share != 1 or self.last is None:
-            self.unknown(m)
-        more = 2 - Fraction(1, 2 ** len(m[0]))
-        first = more if m[0][0] == '>' else 2 - more
-        sound = self.events[self.last]
-        self.events[self.last] = sound._replace(beats=sound.beats * first)
-        self.share = 2 - first
+        less = Fraction(1, 2 ** len(m[0]))
+        first = 2 - less if m[0][0] == '>' else less
+        self.last.beats *= first
+        self.factors[:1] = [(2 - first) * factor for factor in self.factors[:1] or [1]]
 
     def tie(self, m):
-        if self.last is not None:
-            sound = self.events[self.last]
-            self.events[self.last] = sound._replace(tied=sound.notes)
-            self.tied = self.spelt
+        self.last.tied = set(self.last.notes)
 
     def sound(self, m):
         """A note, a chord or a rest."""
         text = m[0]
-        length = read_length(m['length'], self.unit)
-        if self.share != 1:
-            length *= self.share
-            self.share = 1
-        if self.left > 0:
-            length *= self.ratio
-            self.left -= 1
+        length = 4 * self.unit * read_length(m['length'])
+        if self.factors:
+            length *= self.factors.pop(0)
         chord = WORDS.sub('', m['chord'] or '')
         written = NOTE.findall(chord or m['note'] or '')
         if text[0] == '[':
             if not written or re.search(r'[\^_=\d/|:&]', NOTE.sub('', chord)):
                 raise UserError(f'cannot read {text[:40]}')
             # a chord lasts as long as its first note
-            length *= read_length(written[0][3], Fraction(1, 4))
+            length *= read_length(written[0][3])
         # rests of whole bars
         elif text[0] in 'ZX':
-            if not self.bar:
-                raise UserError(f'cannot play {text} without a metre')
-            length *= self.bar / self.unit
-        notes = []
-        tied = []
-        before = self.tied
-        self.spelt = {}
-        self.tied = {}
+            length *= (self.bar or 1) / self.unit
+        before = self.last
+        self.last = Sound({}, length, set())
+        self.events.append(self.last)
         for sign, letter, octave, _, tie in written:
             place = letter.upper(), letter.islower() + octave.count("'") - octave.count(',')
             # lasts to the bar line, in every octave: the standard's default
             if sign:
                 self.altered[place[0]] = ALTER[sign]
-            semitones = self.altered.get(place[0], self.key.signs.get(place[0], 0))
+            semitones = self.altered.get(place[0], self.key[0].get(place[0], 0))
+            note = 60 + 12 * place[1] + SCALE[place[0]] + semitones + self.shift
             # a tie carries the alteration over the bar line
-            if not sign and place in before:
-                semitones = before[place]
-            self.spelt[place] = semitones
-            notes.append(60 + 12 * place[1] + SCALE[place[0]] + semitones + self.shift)
+            if not sign and place in before.tied:
+                note = before.notes[place]
+            self.last.notes[place] = note
             if tie:
-                self.tied[place] = semitones
-                tied.append(notes[-1])
-        self.last = len(self.events)
-        self.events.append(Sound(notes, length, tied))
-
-    def overlay(self, m):
-        self.events.append(Mark('&'))
+                self.last.tied.add(place)
 
     def silent(self, m):
         """What does not sound: decorations, grace notes, spaces, letters without a meaning."""
@@ -863,149 +872,88 @@ class Page:
         raise UserError(f'cannot read {m[0][:40]}')
 
 
-def arrange(events, order):
-    """Events in the order of playing; order: the labels of parts, one letter each."""
-    if not any(isinstance(event, Part) and event.label in order for event in events):
-        return follow_marks(events)
-    label = ''
-    parts = {}
-    for event in events:
-        if isinstance(event, Part):
-            label = event.label
-        else:
-            parts.setdefault(label, []).append(event)
-    played = unfold(parts.get('', []))
-    for label in order:
-        played += unfold(parts.get(label, []))
-        if len(played) > MAX_TUNE:
-            raise UserError('its parts make too many notes')
-    return played
-
-
-def follow_marks(events):
-    """Events in the order of playing, where D.C. goes back to the start, D.S. to the segno, once and without repeats,
-    then on to the fine, or from the first coda to the last. All marks but segno count at the end of their bar."""
+def arrange(events):
+    """Events in the order of playing: D.C. goes back to the start, D.S. to the segno, once and without repeats, then
+    on to the fine or the end of the music so far. What has to stop does so at the end of its bar."""
     def places(events, *words):
-        return [i for i, event in enumerate(events) if isinstance(event, Mark) and event.word in words]
+        return [i for i, event in enumerate(events) if event in words]
 
     def up_to(events, i):
         return events[:next((j for j in range(i, len(events)) if isinstance(events[j], Bar)), len(events))]
 
     played = unfold(events)
-    jumps = places(played, 'D.C.', 'D.S.')
+    jumps = places(played, 'DC', 'DS')
     if not jumps:
         return played
     again = unfold(events, repeats=False)
-    if played[jumps[-1]].word == 'D.S.':
+    if played[jumps[-1]] == 'DS':
         again = again[(places(again, 'segno') or [0])[0]:]
-    fine = places(again, 'fine')
-    codas = places(again, 'coda')
-    if fine:
-        again = up_to(again, fine[0])
-    elif len(codas) > 1:
-        again = up_to(again, codas[0]) + again[codas[-1]:]
-    else:
-        again = up_to(again, (places(again, 'D.C.', 'D.S.') or [0])[-1])
-    return up_to(played, jumps[-1]) + again
+    stops = places(again, 'fine')[:1] or places(again, 'DC', 'DS')[-1:] or [0]
+    return up_to(played, jumps[-1]) + up_to(again, stops[0])
 
 
 def unfold(events, repeats=True):
     """Events with their repeats played out. A repeat goes back to the latest |: or, if it has none, to the latest
     double bar, end of a repeat, or start of the tune; on each turn the endings of other turns are left out.
     With repeats=False all is played once, with the last of the endings."""
-    # for which turns is the ending that follows immediately?
-    def ending_after(i):
-        while i < len(events) and isinstance(events[i], Bar) and not events[i].ends:
-            i += 1
-        return events[i].turns if i < len(events) and isinstance(events[i], Ending) else []
-
     played = []
-    size = 0
-    i = 0
-    # where the repeat goes back to, and whether that is a |:
-    start = 0
-    opened = False
+    start = 0   # where the repeat goes back to
+    opened = False   # is that a |: and no last ending begun?
     turn = 1
     turns = 1
-    # are we in a last ending?
-    final = False
+    i = 0
     while i < len(events):
         event = events[i]
         i += 1
         if isinstance(event, Ending):
             turns = max(turns, *event.turns)
-            final = turn > 1
+            opened = opened and turn == 1
             end = i
             while end < len(events) and not (isinstance(events[end], Ending) or getattr(events[end], 'ends', 0)):
                 end += 1
             leads_back = end < len(events) and isinstance(events[end], Bar)
             if turn not in event.turns if repeats else leads_back:
-                i = end
-                if not leads_back:
-                    continue
                 # its repeat has been played before
-                i += 1
-                event = Bar(0, events[end].starts, not ending_after(i))
+                i = end + leads_back
+                continue
         if isinstance(event, Bar):
-            turns = max(turns, event.ends + 1, *ending_after(i)) if event.ends else turns
-            if turns > MAX_TURNS:
-                raise UserError(f'a part of it is played more than {MAX_TURNS} times')
+            if event.ends:
+                following = events[i].turns if i < len(events) and isinstance(events[i], Ending) else []
+                turns = max(turns, event.ends + 1, *following)
             if event.ends and turn < turns and repeats:
                 turn += 1
                 i = start
-                final = False
-            elif event.ends or event.starts or event.double and (final or not opened):
+            elif event.ends or event.starts or event.double and not opened:
                 start = i
                 opened = event.starts
                 turn = 1
                 turns = 1
-                final = False
         played.append(event)
-        size += 1 + len(getattr(event, 'notes', ()))
-        if size > MAX_TUNE:
+        if len(played) > MAX_TUNE:
             raise UserError(f'its repeats make more than {MAX_TUNE:,} notes')
     return played
 
 
-class Voice(NamedTuple):
-    """rows: [MIDI note, onset, end] in beats; symbols: (beat, triad); length and the first bar line in beats."""
-    rows: list
-    symbols: list
-    length: Fraction
-    first_bar: Fraction
-    tempo: str
-
-
-def play(page, music, order):
-    """The music of one voice to a Voice, beginning with what the header's page says."""
+def play(events):
+    """Events to (rows [MIDI note, onset, end], chord symbols (onset, triad), length, the first bar line) in beats."""
     rows = []
     symbols = []
     now = Fraction(0)
-    # the latest bar line, and how far the voices since then reach
-    bar = Fraction(0)
-    reach = Fraction(0)
-    first_bar = Fraction(0)
-    tied = {}
-    for event in arrange(page.spell(music), order):
+    first_bar = 0.0
+    held = {}   # MIDI note -> its row, where it is tied
+    for event in arrange(events):
         if isinstance(event, Sound):
-            sounding = {note: tied.get(note) or [note, now, now] for note in event.notes}
+            sounding = {note: held.get(note) or [note, float(now)] for note in event.notes.values()}
+            rows += [row for note, row in sounding.items() if note not in held]
             now += event.beats
-            for note, row in sounding.items():
-                row[2] = now
-                if note not in tied:
-                    rows.append(row)
-            tied = {note: sounding[note] for note in event.tied}
+            for row in sounding.values():
+                row[2:] = [float(now)]
+            held = {event.notes[place]: sounding[event.notes[place]] for place in event.tied}
         elif isinstance(event, Symbol):
             symbols.append((float(now), event.triad))
         elif isinstance(event, Bar):
-            now = max(reach, now)
-            bar = now
-            first_bar = first_bar or bar
-        elif event == Mark('&'):
-            reach = max(reach, now)
-            now = bar
-    rows = [[note, float(onset), float(end)] for note, onset, end in rows]
-    return Voice(rows, symbols, max(reach, now), first_bar, page.tempo)
+            first_bar = first_bar or float(now)
+    return rows, symbols, float(now), first_bar
 
 
 def triads(symbols, rows, length):
@@ -1027,43 +975,30 @@ def triads(symbols, rows, length):
 # ---------------------------------------------------------------------------------------------------------------------
 # ABC out
 
-# Times are counted in ticks, 24 to a beat: a multiple of 3 is a 32nd note, a multiple of 4 belongs to a triplet.
+# Times are counted in ticks: a multiple of 3 is a 32nd note, a multiple of 4 belongs to a triplet.
 BEAT = 24
-# the unit length of what we write, L:1/8
-UNIT = 12
+UNIT = 12   # the unit length of what we write, L:1/8
+# ticks of a plain or dotted note
+SINGLE = sorted(length * 2 ** n for length in (Fraction(3, 2), Fraction(9, 4)) for n in range(8))
 # pitch classes above the root -> what stands behind the root's name
 QUALITIES = {(0, 4, 7): '', (0, 3, 7): 'm', (0, 3, 6): 'dim', (0, 4, 8): 'aug', (0, 5, 7): 'sus4', (0, 4, 7, 10): '7',
              (0, 3, 7, 10): 'm7', (0, 4, 7, 11): 'maj7', (0, 3, 6, 9): 'dim7', (0, 3, 6, 10): 'm7b5'}
-FIFTHS = 'FCGDAEB'
-# ticks of a plain or dotted note
-SINGLE = sorted(length * 2 ** n for length in (Fraction(3, 2), Fraction(9, 4)) for n in range(8))
-# a silence of the chords for so many ticks is told, a shorter one would only clutter the page
-LONG = 96
 
 
 class Tick(NamedTuple):
     """A note in ticks; key is a MIDI number."""
+    onset: int
     key: int
-    onset: int
     end: int
-
-
-class Slice(NamedTuple):
-    """A stretch of time in which nothing begins or ends: what sounds, what of that goes on, the symbol at its start."""
-    onset: int
-    end: int
-    keys: list
-    tied: list
-    symbol: str
 
 
 def write_abc(notes, name='', tempo=120.0, sharps=None, minor=False, metre=None, pickup=None):
     """Notes (N, 3), times in beats, to (a tune in ABC, how many notes were left out).
 
     Key (sharps, minor), metre ('6/8') and pickup (the beat where the first full bar begins) are guessed where they are
-    None. Chords below the melody become chord symbols, each held to the next one, or to "^N.C.", or to "^", an empty
-    text, where they pause for less than a bar or so. A low bass that has a rhythm of its own below such chords is left
-    out. All else is written as it sounds, on a grid of 32nd notes and triplets.
+    None. Chords below the melody become chord symbols, each held to the next one, or to "^N.C." where they pause for a
+    beat or more. A low bass that has a rhythm of its own below such chords is left out. All else is written as it
+    sounds, on a grid of 32nd notes and triplets.
     Source: the ABC music standard 2.1 (December 2011).
     """
     notes = one_per_key(as_notes(notes))
@@ -1071,18 +1006,19 @@ def write_abc(notes, name='', tempo=120.0, sharps=None, minor=False, metre=None,
         sharps, minor = estimate_key(notes)
     metre, bar, pickup = fit_bars(notes, metre, pickup)
     # tick 0 is the bar line before the first note, or at it
-    first = round((bar - pickup % bar) % bar * BEAT)
-    bar = round(bar * BEAT)
+    first = round(-pickup % bar * BEAT)
     melody, chords, left_out = find_chords(snap(notes, first))
     staff = Staff(sharps, minor)
-    slices, triplets = cut_slices(melody, chords, first, bar, staff)
-    music = write_bars(slices, triplets, bar, beam_ticks(metre), staff)
+    tokens, triplets = write_notes(melody, chords, first, round(bar * BEAT), staff)
     title = unicodedata.normalize('NFKD', name).encode('ascii', 'ignore').decode()
     title = re.sub(r'[^ -~]', ' ', title).replace('%', ' ').strip() or 'Untitled'
-    beat = '3/8' if metre in ('6/8', '9/8', '12/8') else '1/4'
-    per_minute = tempo / 1.5 if beat == '3/8' else tempo
-    lines = ['X:1', f'T:{title}', f'M:{metre}', 'L:1/8', f'Q:{beat}={per_minute:.6g}', f'K:{key_name(sharps, minor)}']
-    return '\n'.join(lines + music) + '\n', left_out
+    # how far a beam reaches: a dotted quarter, a quarter in 3/4, else two quarters
+    beam = BEAT if metre[0] == '3' else 2 * BEAT
+    if metre.endswith('/8'):
+        beam = 36
+    lines = ['X:1', f'T:{title}', f'M:{metre}', 'L:1/8', f'Q:1/4={tempo:.6g}', f'K:{key_name(sharps, minor)}']
+    lines += write_bars(tokens, triplets, round(bar * BEAT), beam)
+    return '\n'.join(lines) + '\n', left_out
 
 
 def tune_text(song):
@@ -1102,31 +1038,22 @@ def fit_bars(notes, text, pickup):
     return text or metre_text(notes, bar, pickup), bar, pickup
 
 
-def beam_ticks(metre):
-    """How far a beam reaches: a dotted quarter, a quarter in 3/4, else two quarters."""
-    if metre.endswith('/8'):
-        return 36
-    return BEAT if metre.startswith('3') else 2 * BEAT
-
-
 def snap(notes, first):
     """Notes as Ticks, later by `first` ticks; each beat is divided as its notes need it."""
     times = (notes[:, 1:] * BEAT + first).tolist()
     beats = {}
     for time in itertools.chain(*times):
         beats.setdefault(time // BEAT, set()).add(time % BEAT)
-    steps = {beat: best_step(offsets) for beat, offsets in beats.items()}
+    # the first good step of 16ths, triplets, 32nds, 16th triplets
+    steps = {}
+    for beat, offsets in beats.items():
+        errors = {step: max(abs(time - step * round(time / step)) for time in offsets) for step in (6, 8, 3, 4)}
+        steps[beat] = min(errors, key=lambda step: max(errors[step], 0.5))
     ticks = []
     for key, (onset, end) in zip(notes[:, 0], times):
         onset, end = (steps[time // BEAT] * round(time / steps[time // BEAT]) for time in (onset, end))
         ticks.append((key + LOWEST, onset, max(end, onset + 3)))
-    return [Tick(*map(int, note)) for note in one_per_key(as_notes(ticks))]
-
-
-def best_step(offsets):
-    """The step in ticks that fits the times in a beat: 16ths, triplets, 32nds, 16th triplets; the first good one."""
-    errors = {step: max(abs(time - step * round(time / step)) for time in offsets) for step in (6, 8, 3, 4)}
-    return next((step for step, error in errors.items() if error < 0.5), min(errors, key=errors.get))
+    return [Tick(int(onset), int(key), int(end)) for key, onset, end in one_per_key(as_notes(ticks))]
 
 
 def find_chords(ticks):
@@ -1134,26 +1061,27 @@ def find_chords(ticks):
 
     A chord: three or four notes struck together from below middle C, within an octave, that have a name.
     Left out is the bass of a tune with chords: what lies below their octave and under another note."""
-    groups = {}
-    for note in ticks:
-        groups.setdefault(note.onset, []).append(note)
     melody = []
     bass = []
     chords = []
     # when the melody so far falls silent
     until = 0
-    for onset in sorted(groups):
-        group = sorted(groups[onset])
-        root, quality, members = pick_chord(group, until > onset) or pick_chord(group[1:], until > onset) or (0, '', [])
+    for onset, group in itertools.groupby(ticks, lambda note: note.onset):
+        group = list(group)
+        # the highest is left to the melody if it can be spared and no other melody note sounds
+        low = group[:-1] if until <= onset and len(group) > 3 else group
+        root, quality, members = name_chord(low) or name_chord(low[1:]) or (0, '', [])
         if members:
             chords.append((onset, max(note.end for note in members), root, quality))
             # the top note of a chord without melody above it is both, if it lasts less long than the others
             if members[-1] is group[-1] and until <= onset and members[-1].end < members[0].end:
                 members = members[:-1]
         for note in group:
-            if note.key < 48 and note not in members and (until > onset or note is not group[-1]):
+            if note in members:
+                continue
+            if note.key < 48 and (until > onset or note is not group[-1]):
                 bass.append(note)
-            elif note not in members:
+            else:
                 melody.append(note)
                 until = max(until, note.end)
     if not chords:
@@ -1161,57 +1089,51 @@ def find_chords(ticks):
     return melody, chords, len(bass)
 
 
-def pick_chord(group, melody_sounds):
-    """(root 0..11, quality, members) of the chord in a group of notes struck together, or None. The highest note is
-    left to the melody if it can be spared and no other melody note sounds."""
-    spare = int(not melody_sounds and len(group) > 3)
-    low = [note for note in group[:len(group) - spare] if note.key - group[0].key < 12]
+def name_chord(group):
+    """(root 0..11, quality, members) of the chord that the lowest notes of a group are, or None; the lowest note is its
+    root rather than another."""
+    low = [note for note in group if note.key - group[0].key < 12]
     if len(low) < 3 or low[0].key >= 60:
         return None
-    # the best has its root below, then more notes, then notes that end together
-    best = None
-    for size in (3, 4):
-        for members in itertools.combinations(low[:6], size):
-            for note in members:
-                shape = tuple(sorted((other.key - note.key) % 12 for other in members))
-                score = (note is members[0], size, -len({other.end for other in members}))
-                if shape in QUALITIES and (best is None or score > best[0]):
-                    best = (score, note.key % 12, QUALITIES[shape], members)
-    return best and best[1:]
+    for i, size in ((0, 4), (0, 3), (1, 4), (1, 3), (2, 4), (2, 3), (3, 4)):
+        members = low[:size]
+        shape = tuple(sorted((note.key - members[i].key) % 12 for note in members)) if i < len(members) else ()
+        if shape in QUALITIES:
+            return members[i].key % 12, QUALITIES[shape], members
+    return None
 
 
-def cut_slices(melody, chords, first, bar, staff):
-    """Slices from tick `first` on, cut wherever a note or a chord begins or ends, at bar lines and around triplets;
-    and the triplets, {onset: end}."""
+def write_notes(melody, chords, first, bar, staff):
+    """(tick, text) of all notes from tick `first` on, cut wherever one begins or ends, at chord symbols, bar lines and
+    around triplets; and the triplets, {onset: end}."""
     end = max([first + UNIT] + [note.end for note in melody] + [chord[1] for chord in chords])
     # the last bar has at least a beat
     if 0 < end % bar < BEAT:
         end += BEAT - end % bar
-    edges = sorted({time for note in melody for time in note[1:]})
     symbols = {}
-    for i, (onset, stop, root, quality) in enumerate(chords):
+    for (onset, stop, root, quality), (after, *_) in zip(chords, chords[1:] + [(end,)]):
         symbols[onset] = staff.root(root) + quality
-        after = chords[i + 1][0] if i + 1 < len(chords) else end
-        # a long silence of the chords is told; a short one is marked where the melody moves
-        if after - stop >= (LONG if after < end else 1):
+        if after - stop >= BEAT:
             symbols[stop] = '^N.C.'
-        else:
-            edge = bisect.bisect_left(edges, stop)
-            if edge < len(edges) and edges[edge] < after:
-                symbols[edges[edge]] = '^'
-    cuts = {first, end, *symbols, *edges, *range(bar * (first // bar + 1), end, bar)}
+    cuts = {first, end, *symbols, *range(bar * (first // bar + 1), end, bar)}
+    cuts.update(time for note in melody for time in (note.onset, note.end))
     triplets = find_triplets(cuts, first)
     cuts = sorted(cuts.union(triplets, triplets.values()))
-    slices = []
-    waiting = sorted(melody, key=lambda note: -note.onset)
-    sounding = []
+    sounding = {cut: [] for cut in cuts}
+    for note in melody:
+        for cut in cuts[bisect.bisect(cuts, note.onset) - 1:bisect.bisect_left(cuts, note.end)]:
+            sounding[cut].append(note)
+    tokens = []
+    triplet_end = 0
     for onset, end in zip(cuts, cuts[1:]):
-        sounding = [note for note in sounding if note.end > onset]
-        while waiting and waiting[-1].onset <= onset:
-            sounding.append(waiting.pop())
-        tied = {note.key for note in sounding if note.end > end}
-        slices.append(Slice(onset, end, sorted(note.key for note in sounding), tied, symbols.get(onset)))
-    return slices, triplets
+        if onset % bar == 0:
+            staff.signs = {}
+        triplet_end = triplets.get(onset, triplet_end)
+        # three take the time of two
+        stretch = Fraction(3, 2) if onset < triplet_end else 1
+        text = f'"{symbols[onset]}"' if onset in symbols else ''
+        tokens += write_slice(text, sorted(sounding[onset]), onset, end, stretch, staff)
+    return tokens, triplets
 
 
 def find_triplets(cuts, first):
@@ -1227,73 +1149,40 @@ def find_triplets(cuts, first):
     return triplets
 
 
-def write_bars(slices, triplets, bar, beam, staff):
-    """Slices to lines of music, four bars a line; notes of a beam stand together."""
+def write_bars(tokens, triplets, bar, beam):
+    """(tick, text) of notes to lines of music, four bars each; notes of a beam stand together."""
+    ticks = [tick for tick, _ in tokens]
     bars = []
-    i = 0
-    while i < len(slices):
-        onset = slices[i].onset
-        if not bars or onset % bar == 0:
+    for tick, text in tokens:
+        if not bars or tick % bar == 0:
             bars.append('')
-            staff.signs = {}
-        stop = triplets.get(onset, slices[i].end)
-        tokens = []
-        while i < len(slices) and slices[i].onset < stop:
-            tokens += write_slice(slices[i], onset in triplets, staff)
-            i += 1
-        if onset in triplets:
-            bars[-1] += ' ' * (onset % bar % beam == 0) + ('(3' if len(tokens) == 3 else f'(3:2:{len(tokens)}')
-        for now, text in tokens:
-            bars[-1] += ' ' * (now % bar % beam == 0 and onset not in triplets) + text
-    bars = [text.strip() for text in bars]
+        elif tick % bar % beam == 0:
+            bars[-1] += ' '
+        if tick in triplets:
+            count = bisect.bisect_left(ticks, triplets[tick]) - bisect.bisect_left(ticks, tick)
+            bars[-1] += '(3' if count == 3 else f'(3:2:{count}'
+        bars[-1] += text
     # a pickup stands on the line of the first four bars
-    lines = [bars[:5] if slices[0].onset % bar else bars[:4]]
-    lines += [bars[j:j + 4] for j in range(len(lines[0]), len(bars), 4)]
-    lines = ['|'.join(line) + '|' for line in lines]
-    return lines[:-1] + [lines[-1] + ']']
+    first = 4 + (ticks[0] % bar > 0)
+    lines = [bars[:first]] + [bars[i:i + 4] for i in range(first, len(bars), 4)]
+    return ['|'.join(line) + '|' for line in lines[:-1]] + ['|'.join(lines[-1]) + '|]']
 
 
-def write_slice(part, in_triplet, staff):
-    """(tick, text) of the notes of a slice: one, or several tied ones if no single note is so long."""
+def write_slice(text, notes, onset, end, stretch, staff):
+    """(tick, text) of notes that sound from onset to end: one, or several tied ones if no single note is so long."""
     tokens = []
-    now = part.onset
-    left = part.end - part.onset
-    # three take the time of two
-    if in_triplet:
-        left *= Fraction(3, 2)
-    text = f'"{part.symbol}"' if part.symbol else ''
+    left = (end - onset) * stretch
     while left:
-        onset = now
-        length = longest_note(now, left)
-        now += length
+        length = max((single for single in SINGLE if single <= left), default=left)
         left -= length
-        names = [staff.note(key) for key in part.keys]
-        ties = ['-' * (left > 0 or key in part.tied) for key in part.keys]
-        if len(names) > 1:
-            text += '[' + ''.join(name + tie for name, tie in zip(names, ties)) + ']' + length_text(length)
-        else:
-            text += ''.join(names or 'z') + length_text(length) + ''.join(ties)
-        tokens.append((onset, text))
+        above, below = (Fraction(length) / UNIT).as_integer_ratio()
+        lasts = str(above) * (above > 1) + {1: '', 2: '/'}.get(below, f'/{below}')
+        names = [staff.note(note.key) + lasts + '-' * (left > 0 or note.end > end) for note in notes]
+        sound = ''.join(names) or 'z' + lasts
+        tokens.append((onset, text + (f'[{sound}]' if len(names) > 1 else sound)))
+        onset += length / stretch
         text = ''
     return tokens
-
-
-def length_text(ticks):
-    """A length as ABC has it, behind a note of unit length: nothing, 3, /, 3/4."""
-    units = Fraction(ticks) / UNIT
-    above = str(units.numerator) if units.numerator > 1 else ''
-    below = f'/{units.denominator}' if units.denominator > 1 else ''
-    return above + ('/' if below == '/2' else below)
-
-
-def longest_note(now, left):
-    """Ticks of the longest plain or dotted note that begins a sound of `left` ticks; off the beat it leads to it."""
-    to_beat = -now % BEAT
-    if left in SINGLE or left < SINGLE[0]:
-        return left
-    if 0 < to_beat < left and to_beat in SINGLE:
-        return to_beat
-    return max(length for length in SINGLE if length <= left)
 
 
 @dataclass
@@ -1326,190 +1215,3 @@ class Staff:
         self.signs |= {letter: semitones, (letter, octave): semitones}
         sign = '' if in_force == {semitones} else '^' * semitones + '_' * -semitones or '='
         return sign + (letter + ',' * -octave if octave < 1 else letter.lower() + "'" * (octave - 1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Keys
-
-# How well each pitch class fits a major and a minor key on C (Krumhansl and Kessler 1982)
-PROFILES = np.array([[6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88],
-                     [6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17]])
-
-
-def sharps(key):
-    """Sharps of a key written as letter, # or b, and m for minor: C 0, G 1, F#m 3, Bb -2."""
-    return 'FCGDAEB'.index(key[0]) - 1 + 7 * (key.count('#') - key.count('b')) - 3 * key.endswith('m')
-
-
-def key_name(sharps, minor=False):
-    """The key of a signature: (2, False) is 'D', (-1, True) is 'Dm'; nobody writes more than seven signs."""
-    if abs(sharps) > 7:
-        sharps = (sharps + 5) % 12 - 5
-    signs, letter = divmod(sharps + 1 + 3 * minor, 7)
-    return 'FCGDAEB'[letter] + '#' * signs + 'b' * -signs + 'm' * minor
-
-
-def tonic(sharps, minor=False):
-    """Pitch class (C = 0) of the tonic of a key signature."""
-    return (7 * sharps + 9 * minor) % 12
-
-
-def estimate_key(notes):
-    """(sharps -5..6, is it minor?) of the major or minor key whose Krumhansl-Kessler profile correlates best with the
-    time that notes (N, 3) spend on each pitch class."""
-    notes = as_notes(notes)
-    pitch_class = (notes[:, 0].astype(int) + LOWEST) % 12
-    length = np.maximum(notes[:, 2] - notes[:, 1], 1e-3)
-    time = np.bincount(pitch_class, length, 12)
-    z = (PROFILES - PROFILES.mean(1, keepdims=True)) / PROFILES.std(1, keepdims=True)
-    # correlation, but for a factor that all keys share
-    fit = [z @ np.roll(time, -root) for root in range(12)]
-    root, minor = divmod(int(np.argmax(fit)), 2)
-    return (7 * (root + 3 * minor) + 5) % 12 - 5, bool(minor)
-
-
-def common_key_shift(song):
-    """Semitones that move a Song to C major or A minor by its key signature (estimated where it has none): -6..5
-    (G 5, D -2, A 3); an octave off that where a note would leave the keyboard, 0 where nothing fits."""
-    count = estimate_key(song.notes)[0] if song.sharps is None else song.sharps
-    shift = (-7 * count + 6) % 12 - 6
-    low = -song.notes[:, 0].min(initial=KEYS)
-    high = KEYS - 1 - song.notes[:, 0].max(initial=0)
-    return next((s for s in (shift, shift + 12, shift - 12) if low <= s <= high), 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metre
-
-# What each half beat of a bar is. D down beat, H half of the bar, B another beat, o between beats;
-# where a beat is three eighths: P first beat, Q another one
-BARS = {'4/4': 'DoBoHoBo', '3/4': 'DoBoBo', '2/4': 'DoBo', '6/8': 'PooQoo', '9/8': 'PooQooQoo'}
-# Of 100 melody notes that begin there, how many last less than an eighth, an eighth, a quarter, a dotted quarter, more
-# (counted in 615 tunes of the Nottingham collection)
-LENGTHS = {
-    'D': (3, 36, 41, 6, 14),
-    'H': (1, 37, 50, 4, 8),
-    'B': (3, 54, 41, 1, 1),
-    'P': (1, 55, 29, 10, 5),
-    'Q': (1, 54, 36, 8, 1),
-    'o': (2, 94, 2, 1, 1),
-}
-# where one of those lengths ends and the next begins, in beats
-LIMITS = (0.4, 0.8, 1.2, 1.8)
-# Of 100 such places, how many have no chord, the same chord struck again, another chord: between what is counted in
-# Nottingham, where the half of a bar has 4, and in books whose chords change more often
-BAR_LINE = (10, 30, 60)
-MIDDLE = (85, 5, 10)
-ELSEWHERE = (98, 1, 1)
-CHORDS = {'D': BAR_LINE, 'P': BAR_LINE, 'H': MIDDLE, 'Q': MIDDLE, 'B': ELSEWHERE, 'o': ELSEWHERE}
-# how much of a long piece we look at, in beats
-METRE_BEATS = 512
-
-
-def bar_beats(metre):
-    """Beats (quarter notes) in a bar: '6/8' has 3."""
-    count, unit = metre.split('/')
-    return 4 * int(count) / int(unit)
-
-
-def metre(notes, bar=None):
-    """(beats a bar, the beat where the first full bar begins) of notes (N, 3), from the notes alone.
-
-    bar: the beats a bar where they are known; else it is 2, 3, 4 or 4.5. Of all metres and pickups, on half beats, it
-    is the likeliest by where chords change and how long melody notes are.
-    Source: the bar pointer model (Whiteley, Cemgil and Godsill 2006), with half beats as frames.
-    """
-    scores = metre_scores(notes, bar)
-    name, pickup = max(scores, key=scores.get)
-    return bar_beats(name), pickup
-
-
-def metre_text(notes, bar, pickup):
-    """The metre as a musician writes it; bars of three beats are '6/8' or '3/4' by how the melody divides them."""
-    notes = as_notes(notes)
-    start = round(2 * pickup) % round(2 * bar) / 2
-    scores = metre_scores(notes[is_melody(notes)], bar)
-    return max(bars_of(bar), key=lambda name: scores[name, start])
-
-
-def bars_of(bar):
-    """The entries of BARS with so many beats (None: all), or one for a bar that is not among them."""
-    known = {name: places for name, places in BARS.items() if bar in (None, len(places) / 2)}
-    if known:
-        return known
-    whole_notes = Fraction(bar / 4).limit_denominator(64)
-    unit = max(4, whole_notes.denominator)
-    return {f'{round(whole_notes * unit)}/{unit}': ('D' + 'oB' * round(bar))[:max(1, round(2 * bar))]}
-
-
-def metre_scores(notes, bar=None):
-    """{(metre, pickup): how likely it is, as a logarithm and but for a constant}."""
-    notes = one_per_key(as_notes(notes))
-    notes = notes[notes[:, 1] < METRE_BEATS]
-    melody = is_melody(notes)
-    tune, lengths = melody_cues(notes[melody])
-    chords = chord_cues(notes[~melody], len(tune))
-    # chords tell more than the melody, and what both say must not count twice
-    weight = 0.1 if chords.any() else 0.6
-    scores = {}
-    for name, places in bars_of(bar).items():
-        # (place in the bar, kind of cue)
-        of_length = np.log([(100, *LENGTHS[place]) for place in places])
-        of_chord = np.log([CHORDS[place] for place in places])
-        fit = weight * (of_length[:, lengths] - np.log(100))
-        if chords.any():
-            fit = fit + of_chord[:, chords] - np.log(100)
-        # going backwards, for each place in the bar: the best score from here to the end if we are there now; what
-        # follows is the next place or, at a price, a new bar before this one is full (at the end of a part)
-        best = np.zeros(len(places))
-        for now in fit.T[::-1]:
-            best = now + np.maximum(np.roll(best, -1), best[0] - 8)
-        # most tunes come again after eight bars, and few have a pickup of half a bar or more
-        best += 40 * repeated(tune, 8 * len(places))
-        for place, score in enumerate(best):
-            pickup = -place % len(places)
-            scores[name, pickup / 2] = score - 4 * (2 * pickup >= len(places))
-    return scores
-
-
-def melody_cues(notes):
-    """For each half beat: the key struck (-1: none), and how long it lasts to the next note, as a column of LENGTHS
-    (counted from 1, 0: none)."""
-    steps = np.rint(2 * notes[:, 1]).astype(int)
-    tune = np.full(steps.max(initial=-1) + 1, -1)
-    lengths = np.zeros(len(tune), dtype=int)
-    lasts = np.diff(notes[:, 1], append=notes[-1:, 2])
-    on_grid = np.abs(2 * notes[:, 1] - steps) < 0.2
-    tune[steps[on_grid]] = notes[on_grid, 0]
-    lengths[steps[on_grid]] = 1 + np.searchsorted(LIMITS, lasts[on_grid])
-    return tune, lengths
-
-
-def chord_cues(notes, halves):
-    """For each half beat: 0 no chord begins, 1 the same chord as before, 2 another chord."""
-    struck = {}
-    for key, onset, _ in notes:
-        step = round(2 * onset)
-        if step < halves and abs(2 * onset - step) < 0.2:
-            struck.setdefault(step, set()).add(int(key) % 12)
-    cues = np.zeros(halves, dtype=int)
-    before = set()
-    for step in sorted(struck):
-        chord = struck[step]
-        # a bass note alone belongs to the chord that follows it
-        if len(chord) == 1:
-            soon = [struck[later] for later in range(step + 1, step + 4) if len(struck.get(later, ())) > 1]
-            chord = chord.union(*soon[:1])
-        if len(chord) > 1:
-            same = chord <= before or len(before) > 0 and before <= chord
-            before = before | chord if same else chord
-            cues[step] = 1 if same else 2
-    return cues
-
-
-def repeated(tune, lag):
-    """The share of a tune's notes that were struck `lag` half beats before, too."""
-    later = tune[lag:]
-    again = later == tune[:len(later)]
-    struck = later >= 0
-    return again[struck].mean() if struck.any() else 0.0

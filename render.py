@@ -134,12 +134,12 @@ def write_wav(notes, path, tempo=120.0, metre='4/4', pickup=0.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Piano roll
+# Pictures
 
 # Text and lines of colour have a contrast of 4.5:1 or more, to a white page and to a dark one
-STYLE = '''svg{color:#57606a;font:11px sans-serif}path{fill:none;stroke:currentColor}text,rect{fill:currentColor}
+STYLE = '''svg{color:#57606a;font:11px sans-serif}path{fill:none;stroke:currentColor}text{fill:currentColor}
 .title{font-size:14px;color:#1f2328}.end{text-anchor:end}.mid{text-anchor:middle}
-.line{stroke-opacity:.4}.prompt{fill-opacity:.25}
+.line{stroke-opacity:.4}.prompt{stroke-opacity:.25}
 .c0{color:#c2410c}.c1{color:#2563eb}.c2{color:#15803d}.c3{color:#a21caf}.c4{color:#0e7490}.c5{color:#854d0e}
 @media(prefers-color-scheme:dark){svg{color:#9aa4af}.title{color:#e6edf3}
 .c0{color:#fb923c}.c1{color:#60a5fa}.c2{color:#4ade80}.c3{color:#e879f9}.c4{color:#22d3ee}.c5{color:#facc15}}'''
@@ -148,13 +148,6 @@ PAGE = 960
 LEFT = 40
 WIDE = 912
 NAMES = 'A A# B C C# D D# E F F# G G#'.split()
-
-
-def page(height, title, elements):
-    """A whole SVG file: bytes."""
-    size = f'viewBox="0 0 {PAGE} {height}" width="{PAGE}" height="{height}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><title>{title}</title><style>{STYLE}</style>'
-    return '\n'.join([head, *elements, '</svg>\n']).encode()
 
 
 def label(words):
@@ -167,49 +160,62 @@ def colour(i):
     return f'c{i % 6}'
 
 
-def text(x, y, words, style=''):
-    """Words that start, end (style 'end') or have their middle ('mid') at x."""
-    return f'<text class="{style}" x="{x:g}" y="{y:g}">{words}</text>'
+class Drawing:
+    """An SVG picture that grows downwards; bottom is where the next thing may begin, in pixels."""
+
+    def __init__(self):
+        self.elements = []
+        self.bottom = 0
+
+    def text(self, x, y, words, style=''):
+        """Words that start, end (style 'end') or have their middle ('mid') at x."""
+        self.elements.append(f'<text class="{style}" x="{x:g}" y="{y:g}">{words}</text>')
+
+    def strokes(self, style, width, path):
+        """Lines of one style and width along an SVG path."""
+        self.elements.append(f'<path class="{style}" stroke-width="{width}" d="{path}"/>')
+
+    def svg(self, title):
+        """The whole file: bytes."""
+        size = f'viewBox="0 0 {PAGE} {self.bottom}" width="{PAGE}" height="{self.bottom}"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><title>{title}</title><style>{STYLE}</style>'
+        return '\n'.join([head, *self.elements, '</svg>\n']).encode()
 
 
-def strokes(style, width, marks):
-    """Lines of one style and width; a mark is 'M', where it starts, and where it goes."""
-    return f'<path class="{style}" stroke-width="{width}" d="{"".join(marks)}"/>'
+def draw_roll(drawing, notes, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=None):
+    """Add notes (N, 3) to a Drawing as a piano roll of 16 bars a line, each beginning with the pickup to its first bar.
 
-
-def roll(notes, top, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=None):
-    """A piano roll of notes (N, 3), 16 bars a line: (SVG elements from the height `top` on, height where they end).
-
-    Each line begins with the pickup to its first bar. lines: how many are drawn, of all."""
+    The first prompt_beats stand on a shaded ground. lines: how many are drawn, of all."""
     notes = as_notes(notes)
     melody = is_melody(notes)
     bar = bar_beats(metre)
     beats = notes[:, 2].max(initial=max(prompt_beats, 1))
     bars = math.ceil(beats / bar - 1e-6)
+    beat = WIDE / (16 * bar)
     # whole octaves, that of middle C among them
     octave = (notes[:, 0] + 9) // 12
-    lowest = int(octave.min(initial=4))
-    height = 60 * int(octave.max(initial=4) - lowest + 1)
-    elements = []
+    octaves = range(int(octave.min(initial=4)), int(octave.max(initial=4)) + 1)
+    height = 60 * len(octaves)
     for first in range(0, bars, 16)[:lines]:
         numbers = range(first, min(first + 16, bars))
+        top = drawing.bottom
         bottom = top + height
-        # in pixels: a beat, where beat 0 would stand, where this line ends
-        beat = WIDE / (16 * bar)
+        # where beat 0 would stand, and where this line ends
         start = LEFT - first * bar * beat
         right = LEFT + len(numbers) * bar * beat
-        prompt = np.clip(start + prompt_beats * beat, LEFT, right) - LEFT
-        elements.append(f'<rect class="prompt" x="{LEFT}" y="{top}" width="{prompt:g}" height="{height}"/>')
-        for i in range(height // 60):
+        prompt = min(start + prompt_beats * beat, right)
+        if prompt > LEFT:
+            drawing.strokes('prompt', height, f'M{LEFT} {top + height / 2}H{prompt:g}')
+        for i, number in enumerate(octaves):
             y = bottom - 60 * i
-            elements.append(strokes('line', 1, [f'M{LEFT} {y}H{right:g}']))
-            elements.append(text(LEFT - 6, y, f'C{lowest + i}', 'end'))
+            drawing.strokes('line', 1, f'M{LEFT} {y}H{right:g}')
+            drawing.text(LEFT - 6, y, f'C{number}', 'end')
         for i in numbers:
             x = start + (pickup + i * bar) * beat
-            elements.append(strokes('line', 1, [f'M{x:g} {top}V{bottom}']))
-            elements.append(text(x + 2, bottom + 12, i + 1))
+            drawing.strokes('line', 1, f'M{x:g} {top}V{bottom}')
+            drawing.text(x + 2, bottom + 12, i + 1)
         x = np.clip(start + notes[:, 1:] * beat, LEFT, right)
-        y = bottom - 5 * (notes[:, 0] + 9.5 - 12 * lowest)
+        y = bottom - 5 * (notes[:, 0] + 9.5 - 12 * octaves[0])
         for style, part in ((colour(0), melody), (colour(1), ~melody)):
             marks = []
             for (begin, end), level in zip(x[part], y[part]):
@@ -217,20 +223,21 @@ def roll(notes, top, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=None):
                     # a pixel less than its length tells a note from the next one on its key
                     end = max(end - 1, begin + 1)
                     marks.append(f'M{begin:.1f} {level:g}H{end:.1f}')
-            elements.append(strokes(style, 4.5, marks))
-        top = bottom + 30
-    return elements, top
+            drawing.strokes(style, 4.5, ''.join(marks))
+        drawing.bottom = bottom + 30
 
 
 def write_svg(notes, path, metre='4/4', pickup=0.0, prompt_beats=0.0, title=''):
     """Draw notes (N, 3) as a piano roll, 16 bars a line: melody and chords in two colours.
 
     The first prompt_beats stand on a shaded ground. Raises UserError if the file cannot be written."""
-    elements, height = roll(notes, 28, metre, pickup, prompt_beats)
-    elements.append(text(LEFT, 16, label(title), 'title'))
-    elements.append(text(840, 16, '■ melody', colour(0)))
-    elements.append(text(900, 16, '■ chords', colour(1)))
-    write_whole(path, page(height, label(title), elements))
+    drawing = Drawing()
+    drawing.text(LEFT, 16, label(title), 'title')
+    drawing.text(840, 16, '■ melody', colour(0))
+    drawing.text(900, 16, '■ chords', colour(1))
+    drawing.bottom = 28
+    draw_roll(drawing, notes, metre, pickup, prompt_beats)
+    write_whole(path, drawing.svg(label(title)))
 
 
 def terminal_roll(notes, width=80):
@@ -271,37 +278,37 @@ def ticks(low, high):
     return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
 
 
-def loss_chart(runs):
-    """Validation losses {name: points} by iterations and by minutes: (SVG elements, height of the chart)."""
+def draw_chart(drawing, runs):
+    """Add the validation losses {name: points} to a Drawing, by iterations and by minutes."""
     # the untrained model, and what falls from there in the first tenth of a run, would flatten the rest
     late = [points[(len(points) + 8) // 10:] for points in runs.values()]
     losses = np.concatenate(late)[:, 2]
     range_y = (losses.min() - 0.01, losses.max() + 0.01)
-    bottom = 34 + max(280, 14 * len(runs))
-    pixels_y = (bottom, 34)
-    elements = [text(8, 16, 'validation loss in nats a frame, and the lowest of each run', 'title')]
+    top = drawing.bottom + 34
+    bottom = top + max(280, 14 * len(runs))
+    drawing.text(8, top - 18, 'validation loss in nats a frame, and the lowest of each run', 'title')
     for loss in ticks(*range_y):
-        y = np.interp(loss, range_y, pixels_y)
-        elements.append(text(38, y + 4, f'{loss:g}', 'end'))
-        elements.append(strokes('line', 1, [f'M44 {y:g}h350m24 0h350']))
+        y = np.interp(loss, range_y, (bottom, top))
+        drawing.text(38, y + 4, f'{loss:g}', 'end')
+        drawing.strokes('line', 1, f'M44 {y:g}h350m24 0h350')
     for panel, unit in enumerate(('iterations', 'minutes')):
-        range_x = (0, max(points[-1, panel] for points in late) or 1)
         left = 44 + 374 * panel
-        pixels_x = (left, left + 350)
-        elements.append(text(left + 175, bottom + 32, unit, 'mid'))
+        pixels = (left, left + 350)
+        range_x = (0, max(points[-1, panel] for points in late) or 1)
+        drawing.text(left + 175, bottom + 32, unit, 'mid')
         for tick in ticks(*range_x):
-            x = np.interp(tick, range_x, pixels_x)
-            elements.append(text(x, bottom + 16, f'{tick:g}', 'mid'))
+            x = np.interp(tick, range_x, pixels)
+            drawing.text(x, bottom + 16, f'{tick:g}', 'mid')
         for i, points in enumerate(late):
-            x = np.interp(points[:, panel], range_x, pixels_x)
-            y = np.interp(points[:, 2], range_y, pixels_y)
+            x = np.interp(points[:, panel], range_x, pixels)
+            y = np.interp(points[:, 2], range_y, (bottom, top))
             places = [f'{a:.1f} {b:.1f}' for a, b in zip(x, y)]
             # with a dash at the end, which also shows a single point
-            elements.append(strokes(colour(i), 2, ['M', 'L'.join(places), 'h4']))
+            drawing.strokes(colour(i), 2, f'M{"L".join(places)}h4')
     for i, (name, points) in enumerate(runs.items()):
-        words = f'{label(name)} {points[:, 2].min():.3f}'
-        elements.append(text(778, 44 + 14 * i, words, colour(i)))
-    return elements, bottom + 40
+        lowest = points[:, 2].min()
+        drawing.text(778, top + 10 + 14 * i, f'{label(name)} {lowest:.3f}', colour(i))
+    drawing.bottom = bottom + 40
 
 
 def draw_losses(folder):
@@ -312,7 +319,8 @@ def draw_losses(folder):
     runs = {table.stem: points for table in tables if len(points := read_losses(table))}
     if not runs:
         return None
-    body, height = loss_chart(runs)
+    drawing = Drawing()
+    draw_chart(drawing, runs)
     path = Path(folder) / 'loss.svg'
-    write_whole(path, page(height, 'validation loss', body))
+    write_whole(path, drawing.svg('validation loss'))
     return path

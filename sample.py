@@ -69,6 +69,8 @@ def parse_args():
 def output_names(args):
     """The names of the tunes, without suffix. Raises UserError, before anything is composed, if one cannot be
     written."""
+    if args.out:
+        notation.check_writable(args.out)       # no folder, link or device
     out = args.out or args.ckpt
     if out.suffix.lower() in (*SUFFIXES, '.pt', '.midi'):
         out = out.with_suffix('')
@@ -170,7 +172,9 @@ def finished(song, opening, args, moved):
     if args.no_prompt and len(opening.notes):
         begin = opening.notes[:, 2].max()
         notes = notes[notes[:, 1] >= begin - 1e-6] - [0, begin, begin]
-        song = with_key_and_metre(song._replace(metre=None, pickup=None, text=None))
+        if not len(notes):
+            raise UserError('nothing new was struck after the prompt: use another --seed, or leave --no_prompt out')
+        song = with_key_and_metre(song._replace(notes=notes, metre=None, pickup=None, text=None))
     shift = -moved if args.key is None else key_shift(song, args.key[0])
     if shift:
         sharps, minor = args.key or notation.estimate_key(notes + [shift, 0, 0])
@@ -212,8 +216,8 @@ def check_size(args, model, representation):
         raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
                         f'{data.MAX_FRAMES // representation.frames_per_beat:,} beats or less')
     if args.num_samples * args.best_of * (length + 4 * model.config.lookback) > 200 * data.MAX_FRAMES:      # 3.5 GB
-        raise UserError(f'--num_samples={args.num_samples} times --best_of={args.best_of} times --length={args.length:g} '
-                        f'is more than {200 * data.MAX_FRAMES:,} frames: ask for fewer or shorter tunes')
+        raise UserError(f'--num_samples={args.num_samples} times --best_of={args.best_of} times '
+                        f'--length={args.length:g} is too much at once: ask for fewer or shorter tunes')
 
 
 def main():
@@ -230,11 +234,11 @@ def main():
           f'valid {checkpoint["valid"]:.4f} nats/frame; seed {seed}')
 
     # a person's own beginning, if there is one, in the key that the model knows
-    opening, frames, moved = Song('', np.zeros((0, 3))), np.zeros((0, representation.V), np.uint8), 0
+    opening = Song('', np.zeros((0, 3)))
+    frames = np.zeros((0, representation.V), np.uint8)
+    moved = 0
     if args.prompt:
-        shift = notation.common_key_shift if meta['common_key'] else lambda song: 0
-        opening, frames = representation.opening(args.prompt, args.prompt_beats, shift)
-        moved = shift(opening) if len(opening.notes) else 0
+        opening, frames, moved = representation.opening(args.prompt, args.prompt_beats, meta['common_key'])
     torch.set_num_threads(1)        # a frame is too little work to share between cores
     tunes = candidates(model, representation, frames, args, generator)
     tempo = args.tempo or (opening.tempo if args.prompt else meta['tempo'])

@@ -27,7 +27,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 import wave
 import xml.etree.ElementTree as ET
 import zipfile
@@ -906,19 +905,20 @@ def test_data_openings(tmp_path):
     path = tmp_path / 'a.abc'
     path.write_text('X:1\nM:4/4\nL:1/4\nK:D\nDEFG|A4|]\n')
     roll = data.PianoRoll()
-    song, frames = roll.opening(path, 2.5, lambda song: -2)
+    song, frames, semitones = roll.opening(path, 2.5, True)
+    assert semitones == -2
     assert song.notes.tolist() == [[39, 0, 1], [41, 1, 2], [43, 2, 2.5]]
     assert np.array_equal(roll.decode(frames), song.notes)
     # a text goes on, so it has no end; moved, it is written anew in its new key
     abc = data.AbcText()
-    assert abc.text(abc.opening(path, 100, lambda song: 0)[1]) == 'M:4/4\nL:1/4\nK:D\nDEFG|A4'
-    song, frames = abc.opening(path, 100, lambda song: -2)
+    assert abc.text(abc.opening(path, 100, False)[1]) == 'M:4/4\nL:1/4\nK:D\nDEFG|A4'
+    song, frames, _ = abc.opening(path, 100, True)
     assert abc.to_song(frames).sharps == song.sharps == 0 and np.array_equal(abc.decode(frames), song.notes)
     path.with_name('fields.abc').write_text('%abc\nX:1\nT:any\nK:D\nM:6/8 \n')
-    assert abc.text(abc.opening(path.with_name('fields.abc'), 100, lambda song: 0)[1]) == 'M:6/8\nK:D\n'
+    assert abc.text(abc.opening(path.with_name('fields.abc'), 100, False)[1]) == 'M:6/8\nK:D\n'
     for name, beats in (('missing.abc', 9), ('fields.abc', 9), ('a.abc', 0)):
         with pytest.raises(data.UserError, match=f'{name}.*--prompt'):
-            roll.opening(path.with_name(name), beats, lambda song: 0)
+            roll.opening(path.with_name(name), beats, False)
 
 
 @data_for_each()
@@ -1164,7 +1164,7 @@ def test_data_load_errors(tmp_path):
         os.mkfifo(tmp_path / name)
     says = {
         'missing': 'there is no', 'missing.npz': 'No such file', 'empty': 'no music',
-        'none': 'no music', 'corrupt': 'a.mid', 'cut.mid': 'not a whole', 'zero.mid': '', 'zero.abc': 'X:',
+        'none': 'no music', 'corrupt': 'a.mid', 'cut.mid': 'midst', 'zero.mid': '', 'zero.abc': 'X:',
         'zero.zip': 'not a whole zip', 'a.txt': 'no music', 'voices.abc': 'voices', 'forged.mid': '24,999 beats',
         'none.zip': 'no music', 'cut.zip': 'not a whole zip', 'zero.npz': 'data.py FOLDER OUT.npz',
         'fifo.mid': 'no plain file', 'fifo.zip': 'no plain file', 'fifo.npz': 'no plain file'}
@@ -1482,11 +1482,6 @@ def test_wkv_torch_is_the_sum(T, scale):
         wkv_check(wkv_run(*(x.double() for x in inputs), state, 'torch')[:5], want, 1e-12, 1e-10)
 
 
-def test_wkv_torch_gradcheck():
-    w, u, k, v, _ = (x.double().requires_grad_() for x in wkv_inputs(2, 5, 3))
-    assert torch.autograd.gradcheck(lambda *x: wkv.wkv(*x, backend='torch')[0], (w, u, k, v))
-
-
 @pytest.mark.parametrize('segments, warps', [(2, 1), (3, 1), (5, 1), (16, 1), (1, 2), (1, 16), (4, 16), (16, 16)])
 def test_wkv_parts_of_time_give_the_same(wkv_device, monkeypatch, segments, warps):
     if wkv_device == 'cpu' and warps > 1:
@@ -1505,47 +1500,34 @@ def test_wkv_parts_of_time_give_the_same(wkv_device, monkeypatch, segments, warp
         assert wkv_error(x, y) < bound
 
 
-@pytest.mark.parametrize('backend', ['torch', 'kernel'])
-def test_wkv_state_continues_a_tune(wkv_device, backend):
-    backend = wkv_device if backend == 'kernel' else backend
-    w, u, k, v, _ = wkv_inputs(3, 100, 20, 5, device=wkv_device)
+@pytest.mark.parametrize('T, pieces, backend', [
+    (100, [1] * 100, 'torch'), (100, [7, 32, 33, 28], 'torch'),
+    (100, [1] * 100, None), (100, [7, 32, 33, 28], None), (100, [99, 1], None), (200_000, [1000] * 200, None)])
+def test_wkv_state_continues_a_tune(wkv_device, T, pieces, backend):
+    w, u, k, v, _ = wkv_inputs(3, T, 20, 5, device=wkv_device)
     want, last = wkv.wkv(w, u, k, v, backend=backend)
-    for cuts in ([1] * 100, [7, 32, 33, 28], [99, 1]):
-        state = None
-        y = []
-        for k_piece, v_piece in zip(k.split(cuts, 1), v.split(cuts, 1)):
-            with torch.no_grad():
-                out, state = wkv.wkv(w, u, k_piece, v_piece, state, backend)
-            y.append(out)
-        assert wkv_error(torch.cat(y, 1), want) < 1e-5
-        assert wkv_error(state[:, 0] / state[:, 1], last[:, 0] / last[:, 1]) < 1e-5
-        assert (state[:, 1].log() + state[:, 2] - last[:, 1].log() - last[:, 2]).abs().max() < 1e-3
-    # the back ends read each other's state
-    _, state = wkv.wkv(w, u, k[:, :50], v[:, :50], backend=backend)
-    assert wkv_error(wkv.wkv(w, u, k[:, 50:], v[:, 50:], state, 'torch')[0], want[:, 50:]) < 1e-5
-
-
-def test_wkv_very_long_tune(wkv_device):
-    w, u, k, v, _ = wkv_inputs(1, 200_000, 16, 3, device=wkv_device)
-    want, last = wkv.wkv(w, u, k, v)
     state = None
     y = []
-    for k_piece, v_piece in zip(k.split(1000, 1), v.split(1000, 1)):
-        out, state = wkv.wkv(w, u, k_piece, v_piece, state)
+    for k_piece, v_piece in zip(k.split(pieces, 1), v.split(pieces, 1)):
+        with torch.no_grad():
+            out, state = wkv.wkv(w, u, k_piece, v_piece, state, backend)
         y.append(out)
-    assert wkv_error(torch.cat(y, 1), want) < 1e-6 and wkv_error(state[:, 0], last[:, 0]) < 1e-4
+    assert wkv_error(torch.cat(y, 1), want) < 1e-5
+    assert wkv_error(state[:, 0] / state[:, 1], last[:, 0] / last[:, 1]) < 1e-5
+    assert (state[:, 1].log() + state[:, 2] - last[:, 1].log() - last[:, 2]).abs().max() < 1e-3
+    # the back ends read each other's state
+    _, state = wkv.wkv(w, u, k[:, :50], v[:, :50], backend=backend)
+    assert wkv_error(wkv.wkv(w, u, k[:, 50:100], v[:, 50:100], state, 'torch')[0], want[:, 50:100]) < 1e-5
 
 
 def test_wkv_bfloat16(wkv_device):
     inputs = wkv_inputs(2, 70, 19, dtype=torch.bfloat16, device=wkv_device)
     got = wkv_run(*inputs, None, wkv_device)
     want = wkv_sum(*inputs)
-    half = torch.bfloat16
-    full = torch.float32
-    assert [x.dtype for x in got] == [half, full, full, half, half, full]
+    assert [x.dtype for x in got[:3]] == [torch.bfloat16, torch.float32, torch.float32]
     # half a unit of bfloat16's last place is 2e-3; sums stay in float32
     wkv_check(got[:5], want, 3e-3, 3e-3)
-    assert wkv_error(got[1], want[1]) < 1e-4 and wkv_error(got[2], want[2]) < 1e-4
+    wkv_check(got[1:3], want[1:3], 1e-4)
     # rounded once, to the nearest
     exact = wkv_run(*(x.float() for x in inputs), None, wkv_device)
     assert (got[0] == exact[0].bfloat16()).float().mean() > 0.99
@@ -1553,25 +1535,20 @@ def test_wkv_bfloat16(wkv_device):
 
 @pytest.mark.parametrize('given, sums', [('float64', 'float64'), ('float32', 'float32'), ('float16', 'float32')])
 def test_wkv_types(given, sums):
-    w, u, k, v, _ = wkv_inputs(2, 5, 3, dtype=getattr(torch, given))
+    w, u, k, v, g = wkv_inputs(2, 5, 3, dtype=getattr(torch, given))
     for weights in (torch.float32, torch.float64):
-        state = None
-        for _ in range(2):
-            y, state = wkv.wkv(w.to(weights), u.to(weights), k, v, state)
-            assert y.dtype == k.dtype and state.dtype == getattr(torch, sums)
-    # float64 is float64 throughout, whatever the state comes in
-    state = wkv_random_state(2, 3)
-    if given == 'float64':
-        assert wkv_error(wkv.wkv(w, u, k, v, state)[0], wkv_sum(w, u, k, v, v, state)[0]) < 1e-14
+        state = wkv_random_state(2, 3)
+        want = wkv_sum(w, u, k, v, g, state)[0]
+        y, state = wkv.wkv(w.to(weights), u.to(weights), k, v, state)
+        assert y.dtype == k.dtype and state.dtype == getattr(torch, sums)
+        # float64 is float64 throughout, whatever the state comes in
+        assert wkv_error(y, want) < 100 * torch.finfo(k.dtype).eps
 
 
 def test_wkv_strides_and_nan(wkv_device):
     w, u, k, v, g = wkv_inputs(2, 40, 12, device=wkv_device)
     want = wkv_run(w, u, k, v, g)
-    # (B, C, T, 2)
-    wide = torch.stack((k.transpose(1, 2), v.transpose(1, 2)), -1)
-    k_strided, v_strided = wide.transpose(1, 2).unbind(-1)
-    got = wkv_run(w.repeat_interleave(2)[::2], u, k_strided, v_strided, g.mT.contiguous().mT)
+    got = wkv_run(w.repeat_interleave(2)[::2], u, *(x.mT.contiguous().mT for x in (k, v, g)))
     assert all(torch.equal(x, y) for x, y in zip(got, want))
     # a diverged model has to show
     k[1, 20, 3] = math.nan
@@ -1588,46 +1565,28 @@ def test_wkv_opcheck(wkv_device):
         torch.library.opcheck(wkv.kernel_backward, (*(x.detach() for x in (w, u, k, v)), saved, g))
 
 
-class WkvMix(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.decay = torch.nn.Parameter(torch.randn(8))
-        self.first = torch.nn.Parameter(torch.randn(8))
-        self.key = torch.nn.Linear(8, 8)
-        self.value = torch.nn.Linear(8, 8)
-
-    def forward(self, x):
-        return wkv.wkv(self.decay.exp(), self.first, self.key(x), self.value(x))[0]
-
-
 def test_wkv_compiles_into_a_training_step(wkv_device):
-    losses = {}
+    *leaves, g = (x.requires_grad_() for x in wkv_inputs(2, 40, 8, device=wkv_device))
+
+    def loss(w, u, k, v):
+        y, _ = wkv.wkv(w, u, 2 * k, v.sin())
+        return (y.square() * g.detach()).sum()
+
+    want = torch.autograd.grad(loss(*leaves), leaves)
     # the kernel proves itself while torch.compile reads the code
     wkv.find_kernel.cache_clear()
-    for compiled in (True, False):
-        torch.manual_seed(0)
-        model = WkvMix().to(wkv_device)
-        x = torch.randn(2, 40, 8, device=wkv_device)
-        forward = torch.compile(model, fullgraph=True) if compiled else model
-        optimizer = torch.optim.AdamW(model.parameters(), 0.03)
-        losses[compiled] = []
-        for _ in range(6):
-            loss = (forward(x) - x).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[compiled].append(loss.item())
-    assert losses[True] == pytest.approx(losses[False], rel=1e-4) and losses[True][-1] < losses[True][0]
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    wkv_check(got, want)
     assert wkv.has_kernel(torch.device(wkv_device))
 
 
 @pytest.mark.parametrize('change, match', [
     (dict(backend='gpu'), "'gpu'"), (dict(backend='cuda'), "'cuda' cannot run on torch.float32 on cpu"),
-    (dict(w=torch.ones(4)), r'w \(4,\)'), (dict(v=torch.ones(2, 4, 3)), r'v \(2, 4, 3\)'),
-    (dict(state=torch.zeros(1, 3, 3)), r'state \(1, 3, 3\)'),
+    (dict(w=torch.ones(4)), r'\(4,\)'), (dict(v=torch.ones(2, 4, 3)), r'\(2, 4, 3\)'),
+    (dict(state=torch.zeros(1, 3, 3)), r'\(1, 3, 3\)'),
     (dict(k=torch.ones(2, 0, 3), v=torch.ones(2, 0, 3)), 'none of them 0'),
     (dict(u=torch.ones(3, device='meta')), 'on one device'),
-    (dict(v=torch.ones(2, 5, 3).double()), 'of one floating type.* v .*float64'),
+    (dict(v=torch.ones(2, 5, 3).double()), 'of one floating type.*float64'),
     (dict(k=torch.ones(2, 5, 3).int(), v=torch.ones(2, 5, 3).int()), 'of one floating type'),
     (dict(k=torch.ones(2, 5, 3).double(), v=torch.ones(2, 5, 3).double(), backend='cpu'), 'run on torch.float64')])
 def test_wkv_refuses(change, match):
@@ -1645,69 +1604,56 @@ def wkv_process(tmp_path, code, cache='cache', **environment):
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize('missing', ['compiler', 'cache'])
-def test_wkv_falls_back_with_one_line(tmp_path, missing):
+@pytest.mark.parametrize('change', [dict(CXX='no-such-compiler'), dict(cache='file')])
+def test_wkv_falls_back_with_one_line(tmp_path, change):
     (tmp_path / 'file').touch()
     code = ("import torch, wkv; print('imported', flush=True); x = torch.ones(1, 3, 2)\n"
             'for _ in range(2): y, _ = wkv.wkv(x[0, 0], x[0, 0], x, x)\n'
             "print(y.sum().item(), wkv.has_kernel(x.device), wkv.describe('cpu'))")
-    change = dict(CXX='no-such-compiler') if missing == 'compiler' else dict(cache='file')
     out, err = wkv_process(tmp_path, code, **change).communicate()
     first, second = out.splitlines()
     assert first == 'imported' and second.startswith('6.0 False WKV: plain PyTorch'), err
     said = [line for line in err.splitlines() if 'WKV' in line]
-    assert len(said) == 1 and re.match('WKV: plain PyTorch, as the CPU kernel cannot be used: .', said[0])
+    assert len(said) == 1 and re.match('WKV: plain PyTorch, as the cpu kernel cannot be used: .', said[0])
 
 
-@pytest.fixture
-def wkv_anew(tmp_path, monkeypatch, wkv_device):
-    """The device, where no kernel has been built, proved or told of yet."""
-    caches = [wkv.find_kernel, wkv.load_kernel]
-    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
-    monkeypatch.setattr(wkv, 'told', set())
-    for cache in caches:
-        cache.cache_clear()
-    yield wkv_device
-    for cache in caches:
-        cache.cache_clear()
-
-
-@pytest.mark.parametrize('right, wrong', [
-    ('s.b = old * s.b + now;', 's.b = old * s.b + now * 1.001f;'),    # forward
-    ('dv[i] = z.gf + z.h * next.M;', 'dv[i] = z.gf;'),                # backward
-    ('return {get(p, me.m), ', 'return {F(), '),                      # the state
-    ('put(float* p, F x, int m) { ', 'put(float* p, F x, int m) { x = x / F(); ')])     # NaN
-def test_wkv_a_wrong_kernel_is_set_aside(tmp_path, monkeypatch, capsys, wkv_anew, right, wrong):
-    source = Path(wkv.SOURCE).read_text()
-    assert right in source
-    monkeypatch.setattr(wkv, 'SOURCE', str(tmp_path / 'wkv_cuda.cu'))
-    Path(wkv.SOURCE).write_text(source.replace(right, wrong))
-    inputs = wkv_inputs(2, 40, 5, device=wkv_anew)
-    with torch.inference_mode():
-        y = wkv.wkv(*inputs[:4])[0]
-        assert torch.equal(wkv.wkv(*inputs[:4])[0], y)
-    assert torch.equal(y, wkv.wkv(*inputs[:4], backend='torch')[0])
-    line = f'WKV: plain PyTorch, as the {wkv_anew.upper()} kernel cannot be used: it is off by '
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith(line)
-    assert list(tmp_path.glob('wkv/*.so'))
-
-
-def test_wkv_a_kernel_that_fails_is_set_aside(monkeypatch, capsys, wkv_anew):
-    library = types.SimpleNamespace(wkv_forward=lambda args: b'no kernel image is available')
-    monkeypatch.setattr(wkv, 'load_kernel', lambda device: (library, 'a GPU'))
-    wkv_run(*wkv_inputs(2, 40, 5, device=wkv_anew))
-    assert wkv.describe(wkv_anew) == (f'WKV: plain PyTorch, as the {wkv_anew.upper()} kernel cannot be used: '
-                                      'wkv_forward: no kernel image is available')
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_wkv_two_processes_build_at_once(tmp_path, wkv_device):
+@pytest.mark.parametrize('openmp', [True, False])
+def test_wkv_two_processes_build_at_once(tmp_path, wkv_device, openmp):
+    compiler = tmp_path / 'compiler'
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    change = {} if openmp else dict(CXX=str(compiler))
     code = f'import wkv; print(wkv.describe({wkv_device!r}))'
-    for process in [wkv_process(tmp_path, code) for _ in range(2)]:
+    for process in [wkv_process(tmp_path, code, **change) for _ in range(2)]:
         out, err = process.communicate()
-        assert out.startswith(f'WKV: {wkv_device.upper()} kernel'), err
+        assert out == f'WKV: {wkv_device} kernel\n', err
     assert [path.suffix for path in (tmp_path / 'cache' / 'wkv').iterdir()] == ['.so']
+
+
+@pytest.mark.parametrize('right, wrong, reason', [
+    # forward, backward, the state, NaN, an error
+    ('s.b = old * s.b + now;', 's.b = old * s.b + now * 1.001f;', 'it is off by '),
+    ('dv[i] = z.gf + z.h * next.M;', 'dv[i] = z.gf;', 'it is off by '),
+    ('return {get(p, me.m), ', 'return {F(), ', 'it is off by '),
+    ('put(float* p, F x, int m) { ', 'put(float* p, F x, int m) { x = x / F(); ', 'it is off by nan'),
+    ('return nullptr;', 'return "no kernel image is available";', 'wkv_forward: no kernel image is available')])
+def test_wkv_a_wrong_kernel_is_set_aside(tmp_path, monkeypatch, capsys, wkv_device, right, wrong, reason):
+    source = wkv.SOURCE.read_text()
+    assert right in source
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
+    monkeypatch.setattr(wkv, 'SOURCE', tmp_path / 'wkv_cuda.cu')
+    wkv.SOURCE.write_text(source.replace(right, wrong))
+    # as if nothing had been built or proved yet
+    for name in ('find_kernel', 'load_kernel'):
+        monkeypatch.setattr(wkv, name, functools.cache(getattr(wkv, name).__wrapped__))
+    inputs = wkv_inputs(2, 40, 5, device=wkv_device)[:4]
+    with torch.inference_mode():
+        y = wkv.wkv(*inputs)[0]
+        assert torch.equal(wkv.wkv(*inputs)[0], y)
+    assert torch.equal(y, wkv.wkv(*inputs, backend='torch')[0])
+    line, = [line for line in capsys.readouterr().err.splitlines() if 'WKV' in line]
+    assert line.startswith(f'WKV: plain PyTorch, as the {wkv_device} kernel cannot be used: {reason}')
+    assert list(tmp_path.glob('wkv/*.so'))
 
 
 def test_wkv_other_devices():
@@ -1715,7 +1661,7 @@ def test_wkv_other_devices():
     x = torch.ones(2, 5, 3, device='meta')
     assert wkv.wkv(x[0, 0], x[0, 0], x, x)[0].shape == x.shape
     if 'cuda' not in WKV_DEVICES:
-        assert wkv.describe('cuda').startswith('WKV: plain PyTorch, as the CUDA kernel cannot be used: ')
+        assert wkv.describe('cuda').startswith('WKV: plain PyTorch, as the cuda kernel cannot be used: ')
 
 
 @pytest.mark.parametrize('arch', ['sm_80', 'sm_90'])
@@ -1734,24 +1680,22 @@ def test_wkv_nvcc_builds_without_warnings_or_spills(tmp_path, arch):
 
 @pytest.mark.skipif('cuda' not in WKV_DEVICES, reason='no GPU')
 def test_wkv_runs_on_the_current_stream():
-    inputs = wkv_inputs(4, 300, 100, device='cuda')
-    want = wkv_run(*inputs)
+    w, u, k, v, g = wkv_inputs(4, 300, 100, device='cuda')
+    want = wkv_run(w, u, k, v, g)
     torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(torch.cuda.Stream()):
         # were it on another stream, it would read k before it is there
         torch.cuda._sleep(10_000_000)
-        k = inputs[2] * 1
-        got = wkv_run(*inputs[:2], k, *inputs[3:])
-    stream.synchronize()
+        got = wkv_run(w, u, k * 1, v, g)
+    torch.cuda.synchronize()
     assert all(torch.equal(x, y) for x, y in zip(got, want))
 
 
 def test_wkv_benchmark():
-    command = [sys.executable, wkv.__file__, '--device=cpu', '--shapes']
+    command = [sys.executable, wkv.__file__, '--shapes']
     run = subprocess.run([*command, '1,20,8'], text=True, capture_output=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith('WKV: ') and re.search(r'1, 20, 8. plain: forward .* 1.0 x plain', run.stdout)
+    assert run.stdout.startswith('WKV: ') and re.search('1,20,8 torch: forward .* 1.0 x plain', run.stdout)
     run = subprocess.run([*command, '0,1,1'], text=True, capture_output=True)
     assert run.returncode == 2 and "'0,1,1'" in run.stderr and 'Traceback' not in run.stderr
 
@@ -1924,7 +1868,9 @@ def model_rms_norm(x, P, name):
 @pytest.mark.parametrize('W', [1, 3, 6])
 def test_model_lookback_against_its_equations(W):
     # as initialised, the RWKV blocks are the identity, so all that is left are the embedding and looking back
-    T, V, C = 12, 4, 6
+    T = 12
+    V = 4
+    C = 6
     model = Model(Config(V, 'rwkv', 'bernoulli', 1, C, lookback=W)).double().eval()
     frames = model_frames('chord', 2, T, V)
     # one row is all one tune, the other has several
@@ -1966,8 +1912,10 @@ def test_model_lookback_against_its_equations(W):
 @pytest.mark.parametrize('shift', [0, 2])
 def test_model_clock_against_its_equation(shift):
     # as initialised, the RWKV blocks are the identity, so all that is left are the embedding and the clock
-    T, V, C, beat = 30, 6, 6, 3
-    model = Model(Config(V, 'rwkv', 'bernoulli', 1, C, beat=beat, shift=shift)).double().eval()
+    T = 30
+    V = 6
+    beat = 3
+    model = Model(Config(V, 'rwkv', 'bernoulli', 1, 6, beat=beat, shift=shift)).double().eval()
     model_randomise(model.clock, std=1)
     P = model_arrays(model)
     unit = torch.randint(0, V - 1, (T,), generator=torch.Generator().manual_seed(1))
@@ -2514,7 +2462,7 @@ SCRIPTS_SUFFIXES = ('.mid', '.abc', '.wav', '.svg')
 
 
 def scripts_run(script, *words, seconds=300):
-    """Runs a script as `python script.py words` does, but in this process: its exit status, what it prints, its complaint."""
+    """Runs a script as `python script.py words` does, but here: its exit status, output and complaint."""
     def late(*_):
         pytest.fail(f'{script}.py {words} hangs')
 
@@ -2541,12 +2489,20 @@ def scripts_train(book, out, *words):
     return scripts_run('train', f'--data={book}', f'--out_dir={out}', *SCRIPTS_TINY, *words)
 
 
-def scripts_sample(ckpt, out, *words):
-    """Runs sample.py, which has to succeed; what it prints, and the tune as it stands in the .mid."""
-    done = scripts_run('sample', f'--ckpt={ckpt}', f'--out={out}', *words)
+def scripts_sample(ckpt, out, *words, sound=False):
+    """Runs sample.py, which has to succeed; what it prints, and the tune in the .mid. Sound takes its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not sound:
+            patch.setattr(render, 'LONGEST', 0)
+        done = scripts_run('sample', f'--ckpt={ckpt}', f'--out={out}', *words)
     assert done.status == 0, done.err
     midi = Path(f'{out}.mid')
     return done.out, notation.read_midi(midi) if midi.exists() else None
+
+
+def scripts_refused(done, script, named=''):
+    """It ended in one sentence on stderr, with exit status 2."""
+    assert done.status == 2 and re.fullmatch(f'{script}.py: .*\n', done.err) and named in done.err, done.err
 
 
 def scripts_book(folder, songs=20):
@@ -2584,7 +2540,7 @@ def scripts_rows(out, arch='rwkv'):
 
 def test_train_prints_its_plan_and_results(trained, book):
     for arch, (out, path) in trained.items():
-        for word in ('device: cpu', '20 songs', '  train: ', 'frames', 'beats', 'parameters', 'frames/s', ' left', 'lr '):
+        for word in ('device: cpu', '20 songs', '  train: ', 'frames', 'beats', 'parameters', 'frames/s', 'left'):
             assert word in out, word
         assert ('WKV' in out) == (arch == 'rwkv')
         row = r'(\d+\.\d{4}) nats/frame, (\d+\.\d{4}) nats/beat \((\d+) songs, ([\d,]+) frames\)'
@@ -2643,10 +2599,11 @@ def test_sample_writes_the_same_files_for_the_same_seed(trained, tmp_path, arch)
     files = []
     for folder, seed in (('a', 1), ('b', 1), ('c', 2)):
         (tmp_path / folder).mkdir()
-        printed, song = scripts_sample(trained[arch][1], tmp_path / folder / 'x', '--length=6', f'--seed={seed}', '--best_of=2')
+        options = '--length=2', f'--seed={seed}', '--best_of=2'
+        printed, song = scripts_sample(trained[arch][1], tmp_path / folder / 'x', *options, sound=True)
         assert str(tmp_path / folder / 'x.mid') in printed and 'beats 1 to' in printed and f'seed {seed}' in printed
         assert re.search(r'at most [\d.]+ beats in a row copied', printed)
-        assert len(song.notes) and song.notes[:, 2].max() <= 6 and song.metre and song.sharps is not None
+        assert len(song.notes) and song.notes[:, 2].max() <= 2 and song.metre and song.sharps is not None
         files.append([(tmp_path / folder / f'x{suffix}').read_bytes() for suffix in SCRIPTS_SUFFIXES])
         assert len(list((tmp_path / folder).iterdir())) == len(SCRIPTS_SUFFIXES) and all(files[-1])
     assert files[0] == files[1] and all(a != c for a, c in zip(files[0], files[2]))
@@ -2654,13 +2611,14 @@ def test_sample_writes_the_same_files_for_the_same_seed(trained, tmp_path, arch)
 
 def test_sample_several_at_once_best_first(trained, tmp_path):
     path = trained['rwkv'][1]
-    printed, _ = scripts_sample(path, tmp_path / 'x', '--length=8', '--num_samples=3', '--best_of=2', '--seed=5', '--tempo=90')
+    options = '--length=8', '--num_samples=3', '--best_of=2', '--seed=5', '--tempo=90'
+    printed, _ = scripts_sample(path, tmp_path / 'x', *options)
     nats = [float(x) for x in re.findall(r'x-\d\.mid.* (\d+\.\d+) nats/frame', printed)]
     valid = load_checkpoint(path)[1]['valid']
     # none of them can end before 16 beats, so that only their nats decide
     assert len(nats) == 3 and nats == sorted(nats, key=lambda x: abs(x - valid))
     assert notation.read_midi(tmp_path / 'x-3.mid').tempo == pytest.approx(90, abs=0.01)
-    assert len(list(tmp_path.iterdir())) == 12
+    assert len(list(tmp_path.iterdir())) == 3 * 3
     # what a run would go on from is a model, too
     scripts_sample(path.with_name('rwkv.last.pt'), tmp_path / 'last', '--length=4', '--best_of=1')
 
@@ -2684,7 +2642,7 @@ def test_sample_continues_a_prompt(trained, book, tmp_path, options, beats):
 
 def test_sample_continues_abc(trained, tmp_path):
     (tmp_path / 'mine.abc').write_text('X:1\nT:Mine\nM:4/4\nL:1/4\nQ:1/4=77\nK:C\n"C"CDEF|"G7"GFED|\n')
-    _, song = scripts_sample(trained['lstm'][1], tmp_path / 'y', f'--prompt={tmp_path}/mine.abc', '--length=2', '--best_of=1')
+    _, song = scripts_sample(trained['lstm'][1], tmp_path / 'y', f'--prompt={tmp_path}/mine.abc', '--length=2')
     assert song.tempo == pytest.approx(77, abs=0.01) and song.notes[0].tolist() == [27, 0, 4]
 
 
@@ -2695,13 +2653,15 @@ def test_sample_key_moves_the_tune(trained, tmp_path):
         _, song = scripts_sample(trained['rwkv'][1], tmp_path / key, *options, f'--key={key}')
         moved = np.unique(song.notes[:, 0] - plain.notes[:, 0])
         assert len(moved) == 1 and -6 <= moved[0] <= 5
-        assert (7 * plain.sharps + moved[0] - 7 * sharps) % 12 == 0 and (song.sharps, song.minor) == (sharps, key == 'Cm')
+        assert (7 * plain.sharps + moved[0] - 7 * sharps) % 12 == 0
+        assert (song.sharps, song.minor) == (sharps, key == 'Cm')
         np.testing.assert_array_equal(song.notes[:, 1:], plain.notes[:, 1:])
 
 
 def scripts_untrained(path, representation, **meta):
     """A checkpoint of a model that has learned nothing, of music that is not there."""
-    meta = dict(data=str(path.parent / 'gone'), source='nothing', representation=representation.settings, common_key=False, tempo=120.0) | meta
+    meta = dict(data=str(path.parent / 'gone'), source='nothing', representation=representation.settings) | meta
+    meta = dict(common_key=False, tempo=120.0) | meta
     model = Model(Config(representation.V, 'lstm', representation.heads[0], n_layer=1, n_embd=8))
     save_checkpoint(path, model, meta=meta, step=1, valid=1.0)
     return path
@@ -2721,35 +2681,37 @@ def scripts_pretend(monkeypatch, *tunes):
 
 def scripts_dance(bar, key=39, bars=8):
     """A Song with a chord a bar and quarter notes above it."""
-    scale = [0, 2, 4, 5, 7, 9, 11, 12, 11, 9, 7, 4]
+    scale = [0, 2, 4, 5, 7, 9, 11, 12, 11, 9, 7, 5, 4, 2, 4, 7]
     notes = [(key - 12 + step, bar * i, bar * i + bar) for i in range(bars) for step in (0, 4, 7)]
-    notes += [(key + scale[t % 12] * (t % bar > 0), t, t + 1) for t in range(bar * bars)]
+    notes += [(key + scale[t % (4 * bar)] * (t % bar > 0), t, t + 1) for t in range(bar * bars)]
     return Song('', np.array(sorted(notes, key=lambda note: note[1]), dtype=float))
 
 
 def test_sample_prompt_of_fields_alone(tmp_path, monkeypatch):
     text = data.AbcText()
     path = scripts_untrained(tmp_path / 'm.pt', text)
-    prompts = scripts_pretend(monkeypatch, text.encode_text('DFA d2f|afd Adf|AFD D3|]'), text.encode_text('|no: [music'))
+    jig = 'DFA d2f|afd Adf|AFD D3|]'
+    prompts = scripts_pretend(monkeypatch, text.encode_text(jig), text.encode_text('|no: [music'))
     (tmp_path / 'jig.abc').write_text('M:6/8\nL:1/8\nK:D\n')
     printed, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/jig.abc', '--best_of=4')
     assert text.text(prompts[0][0, 1:]) == 'M:6/8\nL:1/8\nK:D\n' and prompts[0][0, 0, -1] == 1
     assert (song.metre, song.sharps, len(song.notes)) == ('6/8', 2, 15)
     written = (tmp_path / 'x.abc').read_text()
-    assert all(line in written for line in ('X:1\n', 'T:x\n', 'M:6/8\n', 'K:D\n', 'DFA d2f|afd Adf|AFD D3|]'))
+    assert all(line in written for line in ('X:1\n', 'T:x\n', 'M:6/8\n', 'K:D\n', jig))
     assert '2 of 4 are valid' in printed and 'gone is not there any more' in printed
 
 
 def test_sample_metre_keeps_what_is_in_it(tmp_path, monkeypatch):
     roll = data.PianoRoll()
     path = scripts_untrained(tmp_path / 'm.pt', roll)
-    prompts = scripts_pretend(monkeypatch, *(roll.encode(scripts_dance(bar)) for bar in (4, 3)))
-    for metre in ('3/4', '4/4'):
+    prompts = scripts_pretend(monkeypatch, *(roll.encode(scripts_dance(bar)) for bar in (2, 3)))
+    for metre in ('3/4', '2/4'):
         printed, song = scripts_sample(path, tmp_path / 'x', f'--metre={metre}', '--best_of=2')
-        assert song.metre == metre and f'1 are in {metre}' in printed and f'M:{metre}\n' in (tmp_path / 'x.abc').read_text()
+        assert song.metre == metre and f'1 are in {metre}' in printed
+        assert f'M:{metre}\n' in (tmp_path / 'x.abc').read_text()
     assert len(prompts) == 2
     done = scripts_run('sample', f'--ckpt={path}', '--metre=9/8')
-    assert done.status == 2 and re.fullmatch(r'sample.py: none of \d+ tunes .*9/8.*\n', done.err)
+    scripts_refused(done, 'sample', 'in 9/8')
 
 
 @pytest.mark.parametrize('sharps', [2, None])
@@ -2774,16 +2736,17 @@ def test_sample_that_strikes_nothing_says_so(tmp_path, monkeypatch):
     held[:, 88 + 40] = 1
     scripts_pretend(monkeypatch, held)
     done = scripts_run('sample', f'--ckpt={path}', f'--prompt={tmp_path}/p.mid', '--no_prompt', f'--out={tmp_path}/x')
-    assert done.status == 2 and re.fullmatch('sample.py: .*\n', done.err)
+    scripts_refused(done, 'sample')
 
 
 @pytest.mark.parametrize('out, stem', [
-    ('x', 'x'), ('x.wav', 'x'), ('x.MID', 'x'), ('rwkv.pt', 'rwkv'), (None, 'rwkv'), ('x.final', 'x.final'), ('rwkv.csv', 'rwkv.csv')])
+    ('x', 'x'), ('x.wav', 'x'), ('x.MID', 'x'), ('x.final', 'x.final'), ('rwkv.pt', 'rwkv'), ('rwkv.csv', 'rwkv.csv'),
+    (None, 'rwkv')])
 def test_sample_names_files_by_the_stem(trained, tmp_path, monkeypatch, out, stem):
     for path in trained['rwkv'][1].parent.iterdir():
         shutil.copy(path, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    scripts_pretend(monkeypatch, data.PianoRoll().encode(scripts_dance(4)))
+    scripts_pretend(monkeypatch, data.PianoRoll().encode(scripts_dance(2, bars=1)))
     done = scripts_run('sample', f'--ckpt={tmp_path}/rwkv.pt', *[f'--out={tmp_path}/{out}'] * (out is not None))
     assert done.status == 0, done.err
     assert {path.name for path in tmp_path.iterdir()} == {*before, *(stem + suffix for suffix in SCRIPTS_SUFFIXES)}
@@ -2802,7 +2765,7 @@ def test_sample_replaces_nothing_but_plain_files(trained, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     for several in ([], ['--num_samples=2'] * (out not in ('link', 'folder', 'fifo'))):
         done = scripts_run('sample', f'--ckpt={trained["rwkv"][1]}', f'--out={out}', *several)
-        assert done.status == 2 and done.err.count('\n') == 1 and done.err.startswith(f'sample.py: cannot write {out or "."}')
+        scripts_refused(done, 'sample', f'cannot write {out or "."}')
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / 'real').read_text() == 'mine'
 
 
@@ -2871,7 +2834,7 @@ def test_bad_input_ends_in_one_sentence(trained, book, tmp_path, monkeypatch, sc
     before = sorted(tmp_path.rglob('*'))
     monkeypatch.chdir(tmp_path)
     done = scripts_run(script, *options.format(tmp=tmp_path, book=book, ckpt=ckpt).split())
-    assert done.status == 2 and named in done.err and done.err.count('\n') == 1 and done.err.startswith(f'{script}.py: ')
+    scripts_refused(done, script, named)
     assert sorted(tmp_path.rglob('*')) == before
 
 
@@ -2886,18 +2849,19 @@ def test_pipes_and_devices_do_not_hang(trained, tmp_path, name, option):
         words = ['--resume', f'--out_dir={tmp_path}']
     if option != 'data':
         words = [f'--ckpt={trained["rwkv"][1]}', f'--{option}={path}']
-    done = scripts_run('train' if option == 'data' else 'sample', *words, seconds=10)
-    assert done.status == 2 and done.err.count('\n') == 1 and str(path) in done.err
+    script = 'train' if option == 'data' else 'sample'
+    scripts_refused(scripts_run(script, *words, seconds=30), script, str(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs that are interrupted, resumed, shared out
 
 def scripts_last(out, arch='rwkv'):
-    """What a run ended with, without the times: tensors (weights, moments, best weights), and the numbers of the table."""
+    """What a run ended with: all its tensors, the table without the times, its step and its best loss."""
     saved = torch.load(out / f'{arch}.last.pt', weights_only=True)
     moments = [x for states in saved['optimizers'] for state in states.values() for x in state.values()]
-    rows = [{k: v for k, v in row.items() if k not in ('minutes', 'frames_per_second')} for row in scripts_rows(out, arch)]
+    times = ('minutes', 'frames_per_second')
+    rows = [{name: x for name, x in row.items() if name not in times} for row in scripts_rows(out, arch)]
     best = torch.load(out / f'{arch}.pt', weights_only=True)
     return [*saved['model'].values(), *moments, *best['model'].values()], rows, (saved['run']['step'], best['valid'])
 
@@ -2950,10 +2914,10 @@ def test_resume_options_given_again_win(book, tmp_path):
     done = scripts_train(book, tmp_path / 'out', '--resume', '--max_iters=4', '--learning_rate=0', '--block_size=1')
     assert done.status == 0, done.err
     saved = torch.load(tmp_path / 'out' / 'rwkv.last.pt', weights_only=True)
-    assert saved['run']['step'] == 4 and {'--max_iters=4', '--beta2=0.9', '--learning_rate=0.0'} <= set(saved['options'])
+    assert saved['run']['step'] == 4
+    assert {'--max_iters=4', '--beta2=0.9', '--learning_rate=0.0'} <= set(saved['options'])
     for options, named in ((['--n_embd=24'], 'n_embd 16'), (['--arch=lstm'], 'lstm.last.pt')):
-        done = scripts_train(book, tmp_path / 'out', '--resume', *options)
-        assert done.status == 2 and named in done.err and done.err.count('\n') == 1
+        scripts_refused(scripts_train(book, tmp_path / 'out', '--resume', *options), 'train', named)
 
 
 def test_resume_on_other_music_is_judged_anew(book, tmp_path):
@@ -2965,13 +2929,12 @@ def test_resume_on_other_music_is_judged_anew(book, tmp_path):
     before = load_checkpoint(tmp_path / 'out' / 'rwkv.pt')[1]
     assert scripts_train(book, tmp_path / 'out', '--resume', '--max_iters=2').status == 0
     after = load_checkpoint(tmp_path / 'out' / 'rwkv.pt')[1]
-    assert after['valid'] > 2 * before['valid'] and after['meta']['source'] == f'{book} (20 songs)' and after['step'] == 2
+    assert after['valid'] > 2 * before['valid'] and after['meta']['data'] == str(book) and after['step'] == 2
 
 
 def test_train_sigterm_saves_and_gives_the_command_to_go_on(book, tmp_path):
-    words = [sys.executable, SCRIPTS_HOME / 'train.py', f'--data={book}', f'--out_dir={tmp_path / "my run"}', *SCRIPTS_TINY,
-             '--max_iters=1000000', '--arch=lstm']
-    words = [str(word) for word in words]
+    words = [sys.executable, str(SCRIPTS_HOME / 'train.py'), f'--data={book}', f'--out_dir={tmp_path / "my run"}',
+             *SCRIPTS_TINY, '--max_iters=1000000', '--arch=lstm']
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SCRIPTS_ENV) as process:
         for line in process.stdout:
             if line.startswith('step 10:'):
@@ -3026,11 +2989,11 @@ def test_kill_9_in_the_act_of_saving_leaves_a_checkpoint(book, tmp_path):
     out = tmp_path / 'out'
     words = [f'--data={book}', f'--out_dir={out}', *SCRIPTS_TINY, '--eval_interval=1', '--arch=lstm']
     assert scripts_run('train', *words, '--max_iters=1').status == 0
-    done = subprocess.run([sys.executable, '-c', SCRIPTS_KILL, *words, '--max_iters=100', '--resume', out], capture_output=True,
-                          text=True, timeout=100, env=SCRIPTS_ENV)
+    command = [sys.executable, '-c', SCRIPTS_KILL, *words, '--max_iters=100', '--resume', str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=SCRIPTS_ENV)
     # each cleared what the one before had left
     assert [json.loads(line) for line in done.stdout.splitlines()] == [
-        ['writing', -signal.SIGKILL, 2, 1], ['written', -signal.SIGKILL, 3, 1], ['renamed', -signal.SIGKILL, 5, 0]], done.stderr
+        ['writing', -9, 2, 1], ['written', -9, 3, 1], ['renamed', -9, 5, 0]], done.stderr
     assert scripts_run('train', *words, '--max_iters=6', '--resume').status == 0
 
 
@@ -3078,8 +3041,8 @@ def test_numbers_that_are_not_finite_stop_the_run(book, tmp_path, monkeypatch, w
     change = ScriptsInfiniteGradient.apply if what == 'gradient' else lambda x: x * math.nan
     monkeypatch.setattr(Model, 'loss', lambda self, *windows: change(loss(self, *windows)))
     done = scripts_train(book, out, *options, '--max_iters=5', '--grad_clip=0')
-    assert done.status == 2 and done.err.count('\n') == 1
-    assert what in done.err and f'step {step}' in done.err and '--learning_rate' in done.err
+    scripts_refused(done, 'train', '--learning_rate')
+    assert what in done.err and f'step {step}' in done.err
     assert (out / 'rwkv.pt').read_bytes() == before
     assert load_checkpoint(out / 'rwkv.last.pt')[1]['run']['step'] == 2
 
@@ -3096,7 +3059,7 @@ def test_full_disk_leaves_the_checkpoints(book, tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(os, 'fsync', full)
     done = scripts_train(book, out, '--resume', '--max_iters=4')
-    assert done.status == 2 and name in done.err and 'No space left' in done.err and done.err.count('\n') == 1
+    scripts_refused(done, 'train', f'{name} (No space left')
     after = {path.name: path.read_bytes() for path in out.iterdir()}
     assert after.get(name) == before.get(name) and not any('.part' in name for name in after)
     for path in ('rwkv.pt', 'rwkv.last.pt'):
@@ -3105,7 +3068,7 @@ def test_full_disk_leaves_the_checkpoints(book, tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize('error', [
     MemoryError(), torch.OutOfMemoryError('CUDA out of memory'),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ...")])
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
 def test_not_enough_memory_is_told_in_one_sentence(book, trained, tmp_path, monkeypatch, error):
     def fail(*_, **__):
         raise error
@@ -3137,10 +3100,10 @@ def test_two_processes_with_batch_4_train_as_one_with_batch_8(book, tmp_path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={port}',
-               SCRIPTS_HOME / 'train.py', f'--data={book}', *SCRIPTS_TINY, *options, f'--out_dir={tmp_path / "two"}',
-               '--gradient_accumulation_steps=2']
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, env=SCRIPTS_ENV)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1']
+    command = [*torchrun, f'--master_port={port}', str(SCRIPTS_HOME / 'train.py'), f'--data={book}', *SCRIPTS_TINY,
+               *options, f'--out_dir={tmp_path / "two"}', '--gradient_accumulation_steps=2']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=SCRIPTS_ENV)
     assert done.returncode == 0, done.stderr
     # one speaks
     assert '2 processes' in done.stdout and done.stdout.count('\nstep 6: valid') == done.stdout.count('\ntest: ') == 1
@@ -3174,8 +3137,10 @@ def test_muon_moves_matrices_alike_in_all_directions(shape):
     G = U * np.geomspace(1, 1 / 8, rank) @ V
     X = train.orthogonal(torch.tensor(G)).numpy()
     assert X.shape == shape
-    np.testing.assert_allclose(U.swapaxes(1, 2) @ X @ V.swapaxes(1, 2) * np.eye(rank), (U.swapaxes(1, 2) @ X @ V.swapaxes(1, 2)), atol=1e-9)
-    size = np.linalg.svd(X, compute_uv=False)
+    # the directions are those of G, and none is much longer than another
+    inside = U.swapaxes(1, 2) @ X @ V.swapaxes(1, 2)
+    size = np.diagonal(inside, axis1=1, axis2=2)
+    np.testing.assert_allclose(inside, size[:, None] * np.eye(rank), atol=1e-9)
     assert size.min() > 0.68 and size.max() < 1.22
     # one at a time, at any length, in any type
     np.testing.assert_allclose(train.orthogonal(torch.tensor(G[-1:])).numpy(), X[-1:], atol=1e-9)
@@ -3205,7 +3170,8 @@ def test_muon_steps_by_momentum_shape_and_decay():
 def test_weight_decay_is_for_matrices_only(arch):
     model = Model(Config(9, arch, n_layer=2, n_embd=8, lookback=4, beat=4))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizers = train.make_optimizers(model, scripts_args('--learning_rate=0.1', '--weight_decay=0.5', '--dtype=float32'))
+    args = scripts_args('--learning_rate=0.1', '--weight_decay=0.5', '--dtype=float32')
+    optimizers = train.make_optimizers(model, args)
     assert [type(optimizer).__name__ for optimizer in optimizers] == ['AdamW', 'Muon']
     assert sum(len(group['params']) for optimizer in optimizers for group in optimizer.param_groups) == len(before)
     muon = {id(p) for group in optimizers[1].param_groups for p in group['params']}
@@ -3254,8 +3220,8 @@ def test_validations_are_about_twenty(words, step_takes, validation_takes, wante
 
 
 @pytest.mark.parametrize('flags, has', [
-    ('flags: fpu avx512f avx512_bf16 amx_tile', True), ('flags: fpu amx_bf16', True), ('Features: asimd svebf16 bf16 i8mm', True),
-    ('flags: fpu avx2 avx512f avx512vl', False), ('', False)])
+    ('flags: fpu avx512f avx512_bf16 amx_tile', True), ('flags: fpu amx_bf16', True), ('', False),
+    ('Features: asimd svebf16 bf16 i8mm', True), ('flags: fpu avx2 avx512f avx512vl', False)])
 def test_bfloat16_where_the_processor_multiplies_in_it(monkeypatch, flags, has):
     monkeypatch.setattr(Path, 'exists', lambda self: True)
     monkeypatch.setattr(Path, 'read_text', lambda self: flags)
@@ -3272,11 +3238,13 @@ def test_bfloat16_where_the_processor_multiplies_in_it(monkeypatch, flags, has):
 
 # for each file, beyond what an idle process takes
 SCRIPTS_LIMITS = dict(seconds=2, megabytes=500)
-SCRIPTS_CHANGES = ('os.remove', 'os.rename', 'os.mkdir', 'os.rmdir', 'os.link', 'os.symlink', 'os.system', 'os.exec', 'subprocess.Popen')
+SCRIPTS_CHANGES = ('os.remove', 'os.rename', 'os.mkdir', 'os.rmdir', 'os.link', 'os.symlink', 'os.system', 'os.exec',
+                   'os.posix_spawn', 'shutil.rmtree', 'socket.connect', 'subprocess.Popen')
+SCRIPTS_NUMBERS = (0, 1, 127, 128, 255, 2 ** 15 - 1, 2 ** 24 - 1, 2 ** 28 - 1, 2 ** 31, 2 ** 64 - 1)
 
 
 def scripts_mutate(rng, blob, others):
-    """A copy of bytes with one to three things wrong: bits, the end, a piece of another file, a number, a piece again and again."""
+    """A copy of bytes with one to three things wrong: bits, the end, a piece of another file, a number, a repeat."""
     blob = bytearray(blob)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(blob) + 1)
@@ -3292,7 +3260,7 @@ def scripts_mutate(rng, blob, others):
                 blob[at:at + rng.randrange(200)] = other[start:start + rng.randint(1, 4000)]
             case 3:
                 size = rng.choice([1, 2, 4, 8])
-                number = rng.choice([0, 1, 127, 128, 255, 2 ** 15 - 1, 2 ** 24 - 1, 2 ** 28 - 1, 2 ** 31, 2 ** 64 - 1, len(blob)])
+                number = rng.choice([*SCRIPTS_NUMBERS, len(blob)])
                 blob[at:at + size] = (number % 256 ** size).to_bytes(size, rng.choice(['big', 'little']))
             case 4:
                 piece = blob[at:at + rng.randint(1, 200)]
@@ -3324,7 +3292,8 @@ def scripts_sound_files(folder):
                 z.writestr(name, content)
         sound['zip'].append((folder / 'a').read_bytes())
     for arch in ('rwkv', 'lstm'):
-        save_checkpoint(folder / 'a', Model(Config(9, arch, n_layer=1, n_embd=8, lookback=2)), meta=dict(data='a'), step=1, valid=1.0)
+        model = Model(Config(9, arch, n_layer=1, n_embd=8, lookback=2))
+        save_checkpoint(folder / 'a', model, meta=dict(data='a'), step=1, valid=1.0)
         sound['pt'].append((folder / 'a').read_bytes())
     with zipfile.ZipFile(folder / 'a', 'w', zipfile.ZIP_DEFLATED) as z:
         z.writestr('a.mid', bytes(64 << 20))
@@ -3341,7 +3310,7 @@ def scripts_read(kind, path):
         data.open_zip.cache_clear()
         for song in itertools.chain(*data.load(path, log=str).songs.values()):
             key, onset, end = song.notes.T
-            assert len(key) and 0 <= key.min() and key.max() < 88 and 0 <= onset.min() and (onset <= end).all() and np.isfinite(end).all()
+            assert len(key) and ((0 <= key) & (key < 88) & (0 <= onset) & (onset <= end) & np.isfinite(end)).all()
         return True
     except UserError as e:
         assert str(path) in str(e) and '\n' not in str(e), str(e)
@@ -3393,15 +3362,12 @@ def survive(count, folder):
 
 
 def test_hostile_files(tmp_path):
-    done = subprocess.run([sys.executable, '-B', __file__, '600', tmp_path], text=True, capture_output=True, timeout=300, env=SCRIPTS_ENV)
+    command = [sys.executable, '-B', __file__, '400', str(tmp_path)]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=300, env=SCRIPTS_ENV)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
-    assert sorted(result) == ['abc', 'mid', 'pt', 'zip'] and all(0 < row['read'] < row['files'] for row in result.values())
-
-
-if __name__ == '__main__':      # python test_model.py 20000 [folder]: so many mutated files, in a folder that is kept
-    with tempfile.TemporaryDirectory() as temporary:
-        print(json.dumps(survive(int(sys.argv[1]), Path(*(sys.argv[2:] or [temporary])))))
+    assert sorted(result) == ['abc', 'mid', 'pt', 'zip']
+    assert all(0 < row['read'] < row['files'] for row in result.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3430,12 +3396,6 @@ def test_render_loudest_partial_is_the_key(key, onset):
     sound = render.synthesise([[key, onset, onset + 2]])[int(onset * 22050):][:44100].astype(float)
     for side in (sound[:, 0], sound[:, 1], sound.sum(1)):
         assert abs(render_pitch(side) - key) < 0.5
-
-
-def test_render_each_note_of_a_tune_is_heard():
-    keys = [51, 53, 55, 56, 58, 60, 62, 63]
-    sound = render.synthesise([[key, i, i + 1] for i, key in enumerate(keys)]).sum(1)
-    assert [round(render_pitch(sound[i * 22050:(i + 1) * 22050])) for i in range(8)] == keys
 
 
 def test_render_silence_is_silent_and_nothing_clips():
@@ -3476,14 +3436,6 @@ def test_render_beats_and_sides():
     assert low[0] > low[1] and high[1] > high[0]
 
 
-def test_render_tone_decays_faster_the_higher():
-    tone = render.piano_tone(36, 0.85, 2)
-    first, later = [np.abs(np.fft.rfft(tone[at:at + 22050] * np.hanning(22050))) for at in (0, 66150)]
-    partials = [slice(int(n * 110) - 4, int(n * 110) + 5) for n in (1, 3, 6)]
-    kept = [later[partial].max() / first[partial].max() for partial in partials]
-    assert 1 > kept[0] > kept[1] > kept[2]
-
-
 def test_render_wav_file(tmp_path):
     path = tmp_path / 'a.wav'
     render.write_wav(RENDER_TUNE, path, 60, '3/4', 1.0)
@@ -3521,7 +3473,7 @@ def test_render_piano_roll(tmp_path):
         (40, 85.5, 53.2), (54.2, 75.5, 60.4), (61.4, 85.5, 67.5), (68.5, 60.5, 96.0)]
     assert [mark[:2] for mark in render_marks(path, 'c1')] == [(40, 145.5), (40, 125.5), (68.5, 145.5), (68.5, 125.5)]
     assert render_texts(path, 'end') == ['C4', 'C5']
-    assert [r.get('width') for r in ET.parse(path).iter(SVG + 'rect')] == ['28.5']
+    assert render_marks(path, 'prompt') == [(40, 88, 68.5)]
     render.write_svg([], path)
     assert not render_marks(path, 'c0') + render_marks(path, 'c1')
     render.write_svg([[0, 0, 1], [87, 0, 1]], path)
@@ -3755,3 +3707,9 @@ def test_compare_refuses(tmp_path, monkeypatch):
         compare_run(monkeypatch, tmp_path / 'a/lstm.pt', tmp_path / 'b/lstm.pt', '--num_samples=2', '--length=8', out)
     with pytest.raises(UserError, match='no tune that can be read'):
         compare_run(monkeypatch, tmp_path / 'a/rnn.pt', '--num_samples=2', '--length=8', out)
+
+
+if __name__ == '__main__':
+    # python test_model.py 20000 [folder]: so many mutated files, in a folder that is kept
+    with tempfile.TemporaryDirectory() as temporary:
+        print(json.dumps(survive(int(sys.argv[1]), Path(*(sys.argv[2:] or [temporary])))))

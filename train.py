@@ -72,7 +72,8 @@ def parse_args(words=None):
         ('lookback', 64.0, number(float, 0, 1000), 'beats of the tune that the model can look at again; 0 for none'))
     add_options(
         parser, 'training',
-        ('batch_size', None, number(int, 1), 'windows in a step, all processes together (default: 8, on a GPU 32)'),
+        ('batch_size', None, number(int, 1, 2 ** 20),
+         'windows in a step, all processes together (default: 8, on a GPU 32)'),
         ('gradient_accumulation_steps', 1, number(int, 1), 'pieces a process takes its windows in, to save memory'),
         ('block_size', 256, number(int, 1), 'frames in a window'),
         ('max_minutes', 8.0, number(float, 0, 1e6), 'the schedule ends after so long; 0: --max_iters decides'),
@@ -107,6 +108,8 @@ def complete(args, device, world):
     args.batch_size = args.batch_size or (32 if gpu else 8)
     args.dtype = args.dtype or ('bfloat16' if has_bfloat16(device) else 'float32')
     args.steps_per_beat = args.steps_per_beat or (12 if args.representation == 'events' else 4)
+    if args.data != 'nottingham':
+        args.data = str(Path(args.data).resolve())
     parts = world * args.gradient_accumulation_steps
     if args.batch_size % parts:
         fitting = math.ceil(args.batch_size / parts) * parts
@@ -424,9 +427,8 @@ def set_up(args):
     except OSError as e:
         raise UserError(f'cannot make the folder --out_dir={args.out_dir} ({e.strerror}): choose another') from None
     files = [args.out_dir / f'{args.arch}{suffix}' for suffix in ('.pt', '.last.pt', '.csv', '.pid')]
-    meta = dict(data=args.data if args.data == 'nottingham' else str(Path(args.data).resolve()), source=dataset.source,
-                representation=dataset.representation.settings, common_key=args.common_key,
-                tempo=float(np.median([song.tempo for song in dataset.songs['train']])))
+    meta = dict(data=args.data, source=dataset.source, representation=dataset.representation.settings,
+                common_key=args.common_key, tempo=float(np.median([song.tempo for song in dataset.songs['train']])))
     return Setup(args, device, dataset, model, make_optimizers(model, args), meta, *files)
 
 
@@ -464,11 +466,12 @@ def save_last(setup, run):
     """Saves all that --resume needs."""
     if ranks()[0]:
         return
-    options = vars(setup.args) | dict(data=setup.meta['data'])
+    options = vars(setup.args) | dict(n_embd=setup.model.config.n_embd)
     words = [f'--{name}={value}' for name, value in options.items()
              if value is not None and name not in ('out_dir', 'resume')]
     states = [optimizer.state_dict()['state'] for optimizer in setup.optimizers]
-    models.save_checkpoint(setup.last, setup.model, meta=setup.meta, run=vars(run), options=words, optimizers=states)
+    models.save_checkpoint(setup.last, setup.model, meta=setup.meta, step=run.step, valid=run.best,
+                           run=vars(run), options=words, optimizers=states)
 
 
 def validate(setup, run, done):
@@ -566,8 +569,8 @@ def check_finite(loss, norm, setup, run):
     """Raises UserError, before anything is saved, if the numbers have run away."""
     for name, value in (('loss', loss), ('length of the gradient', norm)):
         if not math.isfinite(value):
-            raise UserError(f'the {name} is {value} at step {run.step}, since the learning rate is too high, most likely: '
-                            f'lower --learning_rate or --grad_clip and train again; '
+            raise UserError(f'the {name} is {value} at step {run.step}, most likely since the learning rate is too '
+                            f'high: lower --learning_rate or --grad_clip and train again; '
                             f'{setup.best} has the best model so far')
 
 

@@ -52,7 +52,7 @@ def wkv(w, u, k, v, state=None, backend=None):
     if backend == 'torch':
         return wkv_torch(w, u, k, v, state)
     if backend != device or not ready:
-        raise ValueError(f'wkv: back end {backend!r} cannot run on {k.dtype} on {device}. {describe(device)}')
+        raise ValueError(f'wkv: {backend!r} cannot run on {k.dtype} on {device}, torch can. {describe(device)}')
     run = kernel_forward
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # composing goes past what autograd and torch.compile need
@@ -108,8 +108,8 @@ def has_kernel(device):
     return find_kernel(device)[0]
 
 
-@functools.cache
 # the first use may be while composing, where gradients are off
+@functools.cache
 @torch.inference_mode(False)
 @torch.enable_grad()
 def find_kernel(device):
@@ -265,8 +265,7 @@ kernel_forward.register_autograd(
 # The benchmark
 
 def milliseconds(run):
-    """The median time of a run()."""
-    # not at the top: it is slow to import
+    """The median time of a run(), by a timer that is slow to import."""
     from torch.utils.benchmark import Timer
     timer = Timer('run()', globals={'run': run}, num_threads=torch.get_num_threads())
     return 1e3 * timer.blocked_autorange().median
