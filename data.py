@@ -78,8 +78,7 @@ def moved(song, semitones):
 
 
 class Representation:
-    """What the three have in common; each has V, encode, decode, transpose and steps, and in `settings` what builds it
-    again."""
+    """What the three have in common. Each has V, encode, decode, transpose, steps, and `settings` to build it."""
 
     def to_song(self, frames):
         """Frames (T, V) to a Song. Raises UserError if they are no music."""
@@ -112,8 +111,7 @@ def read_song(path):
 
 class PianoRoll(Representation):
     """A frame is a step of time and says of each key whether it is struck in it (units 0..87) or still held from
-    before (88..175). With onsets=False there is one plane, on wherever a key sounds, and a repeated note melts into a
-    long one."""
+    before (88..175). With onsets=False there is one plane, on wherever a key sounds; repeated notes melt together."""
 
     def __init__(self, steps_per_beat=4, onsets=True):
         self.settings = dict(name='piano_roll', steps_per_beat=steps_per_beat, onsets=onsets)
@@ -126,8 +124,7 @@ class PianoRoll(Representation):
         self.heads = ('chord', 'bernoulli')
 
     def encode(self, song):
-        """A Song to frames (T, V) uint8; frame 0 is beat 0, T is where the last note ends. Raises UserError above
-        MAX_FRAMES."""
+        """A Song to frames (T, V) uint8, from beat 0 to the end of the last note. Raises UserError above MAX_FRAMES."""
         notes = quantise(song.notes, self.steps_per_beat)
         frames = np.zeros((notes[:, 2].max(initial=0), self.V), dtype=np.uint8)
         for key, onset, end in notes:
@@ -321,8 +318,7 @@ class Windows(NamedTuple):
 
 
 class Dataset:
-    """Songs in three splits, as frames. source: one line, what music this is; songs: {'train' | 'valid' | 'test':
-    [Song]}."""
+    """Songs in three splits, as frames. source: what music this is, in a line; songs: {'train': [Song], ..}."""
 
     def __init__(self, songs, source, representation):
         self.songs = songs
@@ -378,8 +374,7 @@ class Dataset:
         return Windows(frames[:, history:], frames[:, :history], torch.tensor(age), torch.tensor(time))
 
     def whole_songs(self, split, batch_size, every=1):
-        """Every song of a split once, or every so-manieth, songs of like length together: yields (frames, lengths,
-        beats).
+        """Every song of a split, or one in `every`, songs of like length together: yields (frames, lengths, beats).
 
         frames (B, T + 2, V) torch.uint8: a boundary, the song, a boundary, and zeros up to the longest of the B songs;
         lengths (B,) torch.int64: frames of each song without its boundaries; beats (B,) torch.float64."""
@@ -423,13 +418,13 @@ class File(NamedTuple):
 def load(data='nottingham', representation=None, common_key=False, log=print):
     """Read music into a Dataset.
 
-    data: 'nottingham' (1,037 folk tunes, split as in Boulanger-Lewandowski et al. 2012; nottingham.zip beside this
-    file,
-        or a download, or tunes.abc instead), or the path of a folder, .zip, .mid, .abc, or .npz that data.py wrote.
-    Folders named train, valid and test are the splits; without them a hash of the name splits songs 8:1:1.
-    representation: how to make frames, by default PianoRoll(). common_key: move every song to C major or A minor. log
-    gets one line for each notice. What cannot be read is skipped and named on stderr. Raises UserError if no song is
-    left. """
+    data: 'nottingham' (1,037 folk tunes, split as in Boulanger-Lewandowski et al. 2012: nottingham.zip beside this
+        file, or a download, or tunes.abc instead), or the path of a folder, .zip, .mid, .abc, or .npz of data.py.
+        Folders named train, valid and test are the splits; without them a hash of the name splits songs 8:1:1.
+    representation: how to make frames, by default PianoRoll(). common_key: move every song to C major or A minor.
+    log gets one line for each notice. What cannot be read is skipped and named on stderr.
+    Raises UserError if no song is left.
+    """
     representation = representation or PianoRoll()
     source, path = find_nottingham(log) if str(data) == 'nottingham' else (str(data), Path(data))
     found, skipped = load_songs(path) if path.suffix.lower() == '.npz' else read_music(path, log)
@@ -749,8 +744,7 @@ def make_parser(description, example):
 
 
 def add_options(parser, title, *options):
-    """Adds a group of options, each (name, default, type or dict of argparse's settings, help); --help tells the
-    defaults."""
+    """Adds a group of options, each (name, default, type or dict of settings for argparse, help)."""
     group = parser.add_argument_group(title)
     for name, default, kind, text in options:
         settings = kind if isinstance(kind, dict) else dict(type=kind)

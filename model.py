@@ -250,7 +250,7 @@ class Attention(nn.Module):
         out_t = sum_i softmax_i(q_t . k_i / sqrt(D)) v_i        over the frames t - window < i <= t
 
     through torch's scaled_dot_product_attention, which is flash attention on a GPU. State: (rotated keys and values of
-    the last window - 1 frames, each (B, heads, <window, D), and how many frames there have been). """
+    the last window - 1 frames, each (B, heads, <window, D), and how many frames there have been)."""
 
     def __init__(self, config):
         super().__init__()
@@ -380,7 +380,7 @@ class Lookback(nn.Module):
     The blocks are told A ln(1 + run_t); h_t is what they make of it, and recall_t is added to h_t for the head. It is
     an attention that asks "how long ago?" instead of "where is something like this?", and it starts from a rule of
     thumb: the longer a lag has matched, the likelier it does so once more. In the code the lags stand from W down to
-    1, as the frames do: the oldest first. A is run, D and b are lag, c is trust, R is recall. """
+    1, as the frames do: the oldest first. A is run, D and b are lag, c is trust, R is recall."""
 
     def __init__(self, config):
         super().__init__()
@@ -591,8 +591,7 @@ class Model(nn.Module):
 
     def start(self, frames, past=None, age=None, time=None):
         """The State before frames (B, T, V): at the start of a tune, or within one, if past (B, W, V) are the frames
-        before, and the last of them is age (B,) frames and time (B,) steps after the boundary. Runs are counted
-        anew."""
+        before, the last of them age (B,) frames and time (B,) steps after the boundary. Runs are counted anew."""
         B, W = len(frames), self.config.lookback
         zero = torch.zeros(B, dtype=torch.long, device=frames.device)
         if past is None:
@@ -644,8 +643,7 @@ class Model(nn.Module):
         return out, state
 
     def loss(self, frames, past, age, time):
-        """Mean nats a frame of windows from anywhere in tunes: frames (B, T + 1, V), and what stood before them, see
-        start."""
+        """Mean nats a frame of windows from anywhere in tunes: frames (B, T + 1, V); for the rest see start."""
         out, _ = self(frames[:, :-1], self.start(frames, past, age, time))
         return self.head.nll(out, frames[:, 1:]).mean()
 
@@ -663,8 +661,7 @@ class Model(nn.Module):
     @torch.inference_mode()
     def compose(self, prompt, length, temperature=1.0, top_p=1.0, generator=None, at_least=0):
         """Continues prompts, all B at once: (B, P, V) frames, P >= 1 -> list of B tensors (T_i, V) uint8 with what
-        comes after. A row ends where the model draws the boundary, which it may after at_least frames, or after length
-        frames."""
+        comes after. A row ends with length frames, or where the model draws the boundary, from at_least on."""
         self.eval()
         B, V = len(prompt), prompt.shape[2]
         state = None

@@ -6,6 +6,7 @@ N is the number of notes in a tune.
 
 import bisect
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -21,8 +22,7 @@ from typing import NamedTuple
 import mido
 import numpy as np
 
-# the piano: A0 is MIDI note 21, C8 is 108
-LOWEST = 21
+LOWEST = 21   # the piano: A0 is MIDI note 21, C8 is 108
 KEYS = 88
 
 
@@ -42,9 +42,8 @@ def printable(text):
 
 
 def read_bytes(path, limit=None):
-    """The bytes of a user's file, at most `limit`. This is the one place where such a file is opened.
-
-    Raises UserError if it is too large or cannot be read; a pipe would hang and a device might never end."""
+    """The bytes of a user's file, at most `limit`; the one place where such a file is opened. Raises UserError if it
+    is larger, cannot be read, or is no plain file: a pipe would hang and a device might never end."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(0, 'it is no plain file')
@@ -66,8 +65,7 @@ def open_music(file, name, kind, limit):
 
 
 def check_writable(path):
-    """Raises UserError unless path is a plain file or a new one in a folder that is there: what is written replaces
-    the file, and that would be the end of a link or a device."""
+    """Raises UserError unless path is a plain file or a new one: to replace it would be the end of a link or device."""
     folder = os.path.dirname(path) or '.'
     if not os.path.isdir(folder):
         raise UserError(f'cannot write {path}: there is no folder {folder}; make it, or give another path')
@@ -142,8 +140,7 @@ def as_notes(rows):
 
 def one_per_key(notes):
     """A piano has one of each key: a key struck again ends its note; struck twice at once it sounds once."""
-    # by key, onset, longest first
-    notes = notes[np.lexsort((-notes[:, 2], notes[:, 1], notes[:, 0]))]
+    notes = notes[np.lexsort((-notes[:, 2], notes[:, 1], notes[:, 0]))]   # by key, onset, longest first
     again = (notes[1:, :2] == notes[:-1, :2]).all(1)
     notes = notes[np.concatenate([[True], ~again])[:len(notes)]]
     cut = np.flatnonzero(notes[1:, 0] == notes[:-1, 0])
@@ -155,10 +152,8 @@ def is_melody(notes):
     """(N, 3) notes to (N,) booleans: a note is melody if nothing higher sounds, or starts with it, at its onset."""
     notes = as_notes(notes)
     melody = np.zeros(len(notes), dtype=bool)
-    # when each key falls silent
-    until = np.full(KEYS + 1, -np.inf)
-    # at one onset the highest comes first
-    for i in np.lexsort((-notes[:, 0], notes[:, 1])):
+    until = np.full(KEYS + 1, -np.inf)   # when each key falls silent
+    for i in np.lexsort((-notes[:, 0], notes[:, 1])):   # at one onset the highest comes first
         key = int(notes[i, 0])
         melody[i] = until[key + 1:].max() <= notes[i, 1] + 1e-6
         until[key] = max(until[key], notes[i, 2])
@@ -168,8 +163,7 @@ def is_melody(notes):
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys
 
-# letters by fifths: a key of n sharps raises the first n
-FIFTHS = 'FCGDAEB'
+FIFTHS = 'FCGDAEB'   # letters by fifths: a key of n sharps raises the first n
 # How well each pitch class fits a major and a minor key on C (Krumhansl and Kessler 1982)
 PROFILES = np.array([[6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88],
                      [6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17]])
@@ -201,8 +195,7 @@ def estimate_key(notes):
     length = np.maximum(notes[:, 2] - notes[:, 1], 1e-3)
     time = np.bincount(pitch_class, length, 12)
     z = (PROFILES - PROFILES.mean(1, keepdims=True)) / PROFILES.std(1, keepdims=True)
-    # correlation, but for a factor that all keys share
-    fit = [z @ np.roll(time, -root) for root in range(12)]
+    fit = [z @ np.roll(time, -root) for root in range(12)]   # correlation, but for a factor that all keys share
     root, minor = divmod(int(np.argmax(fit)), 2)
     return (7 * (root + 3 * minor) + 5) % 12 - 5, bool(minor)
 
@@ -231,8 +224,7 @@ LIMITS = (0.4, 0.8, 1.2, 1.8)
 # Of 100 such places, how many have no chord, the same chord struck again, another chord: between what is counted in
 # Nottingham, where the half of a bar has 4, and in books whose chords change more often
 CHORDS = dict(D=(10, 30, 60), P=(10, 30, 60), H=(85, 5, 10), Q=(85, 5, 10), B=(98, 1, 1), o=(98, 1, 1))
-# how much of a long piece we look at, in beats
-METRE_BEATS = 512
+METRE_BEATS = 512   # how much of a long piece we look at, in beats
 
 
 def bar_beats(metre):
@@ -249,8 +241,7 @@ def metre(notes, bar=None):
     Source: the bar pointer model (Whiteley, Cemgil and Godsill 2006), with half beats as frames.
     """
     scores = metre_scores(notes, bar)
-    # a bar that is not among BARS
-    if not scores:
+    if not scores:   # a bar that is not among BARS
         return bar, 0.0
     name, pickup = max(scores, key=scores.get)
     return bar_beats(name), pickup
@@ -274,8 +265,7 @@ def metre_scores(notes, bar=None):
     melody = is_melody(notes)
     lengths = length_cues(notes[melody])
     chords = chord_cues(notes[~melody], len(lengths))
-    # chords tell more than the melody, and what both say must not count twice
-    weight = 0.1 if chords.any() else 0.6
+    weight = 0.1 if chords.any() else 0.6   # chords tell more than the melody, and what both say must not count twice
     scores = {}
     for name, places in BARS.items():
         size = len(places)
@@ -294,7 +284,7 @@ def metre_scores(notes, bar=None):
         for now in fit.T[::-1]:
             best = now + np.maximum(best[following], best[0] - 8)
         for pickup in range(size):
-            # few have a pickup of half a bar or more
+            # few tunes have a pickup of half a bar or more
             scores[name, pickup / 2] = best[-pickup] - 4 * (2 * pickup >= size)
     return scores
 
@@ -304,8 +294,7 @@ def length_cues(notes):
     steps = np.rint(2 * notes[:, 1]).astype(int)
     cues = np.zeros(steps.max(initial=-1) + 1, dtype=int)
     lasts = np.diff(notes[:, 1], append=notes[-1:, 2])
-    on_grid = np.abs(2 * notes[:, 1] - steps) < 0.2
-    cues[steps[on_grid]] = 1 + np.searchsorted(LIMITS, lasts[on_grid])
+    cues[steps] = 1 + np.searchsorted(LIMITS, lasts)
     return cues
 
 
@@ -317,8 +306,7 @@ def chord_cues(notes, halves):
     cues = np.zeros(halves, dtype=int)
     before = set()
     for step, chord in sorted(struck.items()):
-        # a note alone tells nothing
-        if len(chord) > 1 and step < halves:
+        if len(chord) > 1 and step < halves:   # a note alone tells nothing
             cues[step] = 1 if chord <= before else 2
             before = chord
     return cues
@@ -347,41 +335,42 @@ def read_midi(file, name=None):
     """Read a MIDI file of type 0 or 1 (a path, its bytes, or a binary file object) into a Song.
 
     Notes come from every track and channel but percussion (channel 10), held by the sustain pedal. Like a player it
-    goes by the tracks that are there, not by counts and lengths, and passes over an event that makes no sense.
-    Raises UserError if the file is cut off, or has no tracks or no beats.
+    passes over counts, lengths and events that make no sense. Raises UserError if the file is cut off, or has no
+    tracks or no beats.
     Source: Standard MIDI Files 1.0 (RP-001); the pedal as in Magenta's note-seq (apply_sustain_control_changes).
     """
     content, name = open_music(file, name, 'a MIDI file', MAX_MIDI)
-    # not always at the start: a .rmi is a RIFF file around a MIDI file
-    head = content.find(b'MThd')
+    head = content.find(b'MThd')   # not always at the start: a .rmi is a RIFF file around a MIDI file
     start = content.find(b'MTrk', head)
     if head < 0 or start < 0:
         raise UserError(f'{name} is not a MIDI file with tracks in it: replace it or leave it out')
     kind = int.from_bytes(content[head + 8:head + 10])
     ticks_per_beat = int.from_bytes(content[head + 12:head + 14])
     if kind > 1 or not 0 < ticks_per_beat < 0x8000:
-        what = f'type {kind}' if kind > 1 else 'SMPTE time'
-        raise UserError(f'{name} is a MIDI file of {what}: save it as type 0 or 1 with time in beats')
-    tracks = []
+        raise UserError(f'{name} is a MIDI file of type 2 or in SMPTE time: save it as type 0 or 1 with time in beats')
+    events = []
     try:
         while start >= 0:
             track, end = read_track(content, start)
-            tracks.append(track)
+            events += track
             start = content.find(b'MTrk', end)
-    except IndexError:
+    except IndexError:   # from read_track
         raise UserError(f'{name} ends in the midst of an event: replace it or leave it out') from None
-    return song_from_tracks(name, tracks, ticks_per_beat)
+    # in order of time, at one time controllers first: the pedal counts for a key that goes up with it
+    events.sort(key=lambda event: (event[0], event[1] != CONTROLLER))
+    last = events[-1][0] if events else 0
+    beats = as_notes(midi_rows(events, last)) / [1, ticks_per_beat, ticks_per_beat]
+    silence = last / ticks_per_beat - beats[:, 2].max(initial=0)
+    told = signatures(events, beats[:, 1].min(initial=last / ticks_per_beat), ticks_per_beat)
+    return song_from_rows(name, beats, silence=silence, **told)
 
 
 def read_track(content, start):
-    """The events (tick, kind, channel, data) of the track whose MTrk stands at start, and where it ends.
-
-    Raises IndexError where the file ends too early."""
+    """The events (tick, kind, channel, data) of the track whose MTrk stands at start, and where it ends."""
     i = start + 8
     # where the next track begins, or at the end of the file (-1 % (n + 1) is n)
     end = content.find(b'MTrk', i) % (len(content) + 1)
-    # the length that is stated counts only if there is no end of track
-    if content.find(b'\xff\x2f\0', i, end) < 0:
+    if content.find(b'\xff\x2f\0', i, end) < 0:   # the length that is stated counts only if there is no end of track
         end = min(end, i + int.from_bytes(content[start + 4:i]))
     events = []
     tick = 0
@@ -390,12 +379,9 @@ def read_track(content, start):
     while i < end and kind != END_OF_TRACK:
         delta, i = read_number(content, i)
         tick += delta
-        status = content[i]
-        if status >= 0x80:
-            i += 1
-        # that was data already: it is an event like the one before
-        else:
-            status = running
+        # a byte below 128 is data already: it is an event like the one before
+        status = content[i] if content[i] >= 0x80 else running
+        i += content[i] >= 0x80
         kind = status
         if status < 0xF0:
             running = status
@@ -423,63 +409,38 @@ def read_number(content, i):
     return number, i + 1
 
 
-def song_from_tracks(name, tracks, ticks_per_beat):
-    """The Song of tracks, each a list of events."""
-    last = max((tick for track in tracks for tick, *_ in track), default=0)
-    rows = [row for track in tracks for row in notes_of_track(track, last)]
-    others = [event for track in tracks for event in track if event[1] >= CONTROLLER]
-    others.sort(key=lambda event: event[0])
-    hold_by_pedal(rows, others, last)
-    told = signatures(others, min((row[1] for row in rows), default=0), ticks_per_beat)
-    beats = as_notes([row[:3] for row in rows]) / [1, ticks_per_beat, ticks_per_beat]
-    silence = last / ticks_per_beat - beats[:, 2].max(initial=0)
-    return song_from_rows(name, beats, silence=silence, **told)
-
-
-def notes_of_track(events, last):
-    """Rows [MIDI note, tick, end tick, channel]; a note that is never released ends with the file."""
+def midi_rows(events, last):
+    """Rows [MIDI note, tick, end tick] of events in order of time; what is never released ends at the tick `last`."""
     rows = []
-    # (channel, note) -> (its row, did it cut the same note?)
-    down = {}
+    down = {}   # (channel, note) -> its row, did it cut the same note?
+    held = {}   # channel whose pedal is down -> rows of the keys that went up since then
     for tick, kind, channel, data in events:
-        if kind > NOTE_ON or channel == PERCUSSION or data[0] > 127:
-            continue
-        at = channel, data[0]
-        # a velocity above 127 makes no sense, the strike does
-        if kind == NOTE_ON and data[1] > 0:
-            if at in down:
-                down[at][0][2] = tick
-            rows.append([data[0], tick, last, channel])
-            down[at] = rows[-1], at in down
-        # else it is the late release of the note that was just cut
-        elif at in down and not (down[at][1] and down[at][0][1] == tick):
-            down.pop(at)[0][2] = tick
+        if kind in (NOTE_OFF, NOTE_ON) and channel != PERCUSSION and data[0] < 128:
+            at = channel, data[0]
+            row, cut = down.get(at, (None, False))
+            if kind == NOTE_ON and data[1] > 0:   # a velocity above 127 makes no sense, the strike does
+                if row:
+                    row[2] = tick
+                rows.append([data[0], tick, last])
+                down[at] = rows[-1], row is not None
+            elif row and not (cut and row[1] == tick):   # else it is the late release of the note that was just cut
+                del down[at]
+                row[2] = last if channel in held else tick
+                held.get(channel, []).append(row)
+        elif kind == CONTROLLER and data[0] == PEDAL and 64 <= data[1] < 128:
+            held.setdefault(channel, [])
+        elif kind == CONTROLLER and data[0] == PEDAL and data[1] < 64:
+            for row in held.pop(channel, []):
+                row[2] = tick
     return rows
 
 
-def hold_by_pedal(rows, events, last):
-    """Lengthen the rows that end while their channel's pedal is down: to where it goes up, or the end of the file."""
-    # channel -> [(tick, does the pedal go down?)], by turns up and down
-    moves = {}
-    for tick, kind, channel, data in events:
-        if kind == CONTROLLER and data[0] == PEDAL and data[1] < 128:
-            turns = moves.setdefault(channel, [(0, False)])
-            if turns[-1][1] != (data[1] >= 64):
-                turns.append((tick, data[1] >= 64))
-    for row in rows:
-        turns = moves.get(row[3], [(0, False)])
-        # the first turn after the note's end
-        i = bisect.bisect(turns, row[2], key=lambda turn: turn[0])
-        if turns[i - 1][1]:
-            row[2] = turns[i][0] if i < len(turns) else last
-
-
 def signatures(events, first_note, ticks_per_beat):
-    """Fields of Song that events tell, in order of time: the tempo at the first note, the first key and metre."""
+    """Fields of Song that events in order of time tell: the tempo at the first note (a beat), the first key, metre."""
     told = {}
     metres = {}   # beat -> metre
     for tick, kind, _, data in events:
-        if kind == TEMPO and len(data) == 3 and any(data) and tick <= first_note:
+        if kind == TEMPO and len(data) == 3 and any(data) and tick <= first_note * ticks_per_beat:
             told['tempo'] = 6e7 / int.from_bytes(data)
         elif kind == KEY_SIGNATURE and len(data) == 2 and 'sharps' not in told:
             count = int.from_bytes(data[:1], signed=True)
@@ -489,8 +450,7 @@ def signatures(events, first_note, ticks_per_beat):
             metres.setdefault(tick / ticks_per_beat, f'{data[0]}/{2 ** data[1]}')
     if metres:
         told['metre'] = next(iter(metres.values()))
-    # a first bar that is shorter than the next is a pickup
-    if len(metres) > 1:
+    if len(metres) > 1:   # a first bar that is shorter than the next is a pickup
         begin, metre = list(metres.items())[1]
         if abs(bar_beats(told['metre']) - begin) < 0.01 and begin < bar_beats(metre):
             told.update(metre=metre, pickup=begin)
@@ -506,13 +466,21 @@ def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metr
     """
     # (tick, rank in the tick, message): signatures, then releases, then strikes
     events = [(0, 0, mido.MetaMessage('track_name', name=printable(name)))]
-    # three bytes: no slower than 3.6 beats a minute
-    micros = min(max(round(6e7 / tempo), 1), 0xFFFFFF)
+    micros = min(max(round(6e7 / tempo), 1), 0xFFFFFF)   # three bytes: no slower than 3.6 beats a minute
     events.append((0, 0, mido.MetaMessage('set_tempo', tempo=micros)))
     if sharps is not None:
         events.append((0, 0, mido.MetaMessage('key_signature', key=key_name(sharps, minor))))
     if metre:
-        events += time_signatures(metre, pickup or 0)
+        signs = {0: metre}
+        # the short bar before the first full one, if a number of 64ths can tell its length
+        length = Fraction(pickup or 0) / 4
+        if length > 0 and 64 % length.denominator == 0:
+            unit = max(4, length.denominator)
+            signs = {0: f'{int(length * unit)}/{unit}', pickup: metre}
+        for beat, sign in signs.items():
+            count, unit = map(int, sign.split('/'))
+            message = mido.MetaMessage('time_signature', numerator=count, denominator=unit)
+            events.append((round(beat * TICKS), 0, message))
     for key, onset, end in one_per_key(as_notes(notes)):
         note = int(key) + LOWEST
         tick = round(onset * TICKS)
@@ -530,25 +498,12 @@ def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metr
     write_whole(path, buffer.getvalue())
 
 
-def time_signatures(metre, pickup):
-    """Events of a metre, and of the short bar that a pickup is, if a number of 64ths can tell it."""
-    def event(beat, count, unit):
-        return round(beat * TICKS), 0, mido.MetaMessage('time_signature', numerator=count, denominator=unit)
-
-    length = Fraction(pickup) / 4
-    count, unit = map(int, metre.split('/'))
-    if length <= 0 or 64 % length.denominator:
-        return [event(0, count, unit)]
-    short = max(4, length.denominator)
-    return [event(0, int(length * short), short), event(pickup, count, unit)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # ABC in
 
 # A tune is read in three steps. `Page.spell` turns the written music into events, with every pitch and length worked
 # out (what the order on the page decides); `arrange` puts the events into the order of playing; `play` counts time.
-# An event is a Sound, a Bar, an Ending, a Symbol, or one of the words DC, DS, segno, fine.
+# An event is a Sound, a Bar, a Symbol, or one of the words DC, DS, segno, fine.
 
 MAX_BOOK = 64 << 20   # bytes in an ABC file
 MAX_TUNE = 40_000   # characters in a tune, and events in its playing: they bound what a hostile tune can cost
@@ -562,15 +517,15 @@ WORDS = re.compile(rf'"[^"]*" | {DECORATION}', re.VERBOSE)
 TOKEN = re.compile(rf"""
     (?P<field>   \[[A-Za-z]:[^\]\[\n]*\] )
   | (?P<text>    "[^"]*" | {DECORATION} | S )
-  | (?P<bar_line> (?: \[?\| | : ) (?: [\s\\]* (?: \[?\| | : ) | \] )* )
-  | (?P<ending>  \[?[1-9](?:,[1-9])* )
+  | (?P<bar_line> (?: \[?\| | : ) (?: [\s\\]* (?: \[?\| | : ) | \] )* (?: [\s\\]* \[?[1-9](?:,[1-9])* )?
+                | \[[1-9](?:,[1-9])* )
   | (?P<tuplet>  \([1-9](?::\d?){{0,2}} )
   | (?P<broken>  (?:>{{1,3}}|<{{1,3}})(?![<>]) )
   | (?P<tie>     - )
   | (?P<sound>   (?: \[(?P<chord>[^\]\[\n]*)\] | (?P<note>{SIGN}?[A-Ga-g][,']*) | [zxZX] ) (?P<length>{LENGTH}) )
-  | (?P<silent>  \{{[^{{}}]*\}} | y[\d/]* | [\s`'\\$(),.~\#*;?@%!+H-WYh-w] )
+  | (?:          \{{[^{{}}]*\}} | y[\d/]* | [\s`'\\$(),.~\#*;?@%!+H-WYh-w] )
   | (?P<unknown> . )""", re.VERBOSE)
-SCALE = dict(C=0, D=2, E=4, F=5, G=7, A=9, B=11)
+SCALE = 'C D EF G A B'   # a letter stands at its semitones above C
 ALTER = {'^': 1, '^^': 2, '=': 0, '_': -1, '__': -2, '#': 1, 'b': -1, '': 0}
 # how many sharps a mode has more than the major key on the same note
 MODES = dict(maj=0, ion=0, lyd=1, mix=-1, dor=-2, min=-3, aeo=-3, m=-3, phr=-4, loc=-5)
@@ -586,28 +541,23 @@ TRIADS = {
     EXTRAS: (0, 4, 7),
 }
 MARK = re.compile(r'(?i)(?P<DC>d\. ?c\b|da ?capo)|(?P<DS>d\. ?s\b|dal ?segno)|(?P<fine>\bfine\b)|(?P<segno>^S$|segno)')
-# what else musicians put for the signs of plain ABC
-PLAIN = str.maketrans('♯♭°øØ“”’\t', '#booo""\' ')
+PLAIN = str.maketrans('♯♭°øØ“”’\t', '#booo""\' ')   # what else musicians put for the signs of plain ABC
 
 
 @dataclass
 class Sound:
     """Notes that begin together; those that are tied go on in the next sound."""
-    notes: dict   # place (letter, octave) -> MIDI note; empty: a rest
+    notes: dict   # as written, without its sign -> MIDI note; empty: a rest
     beats: Fraction
-    tied: set   # the places of those notes
+    tied: set   # those that are tied, as written
 
 
 class Bar(NamedTuple):
-    """A bar line: how often a repeat goes back from here, whether one starts here, whether the line is double."""
-    ends: int
-    starts: bool
+    """A bar line."""
+    ends: int   # how often a repeat goes back from here
+    starts: bool   # does a repeat start here?
     double: bool
-
-
-class Ending(NamedTuple):
-    """What follows is played on these turns of the repeat."""
-    turns: list
+    turns: list   # an ending begins: it is played on these turns of the repeat
 
 
 class Symbol(NamedTuple):
@@ -651,12 +601,10 @@ def read_abc(file, name=None, skipped=None):
 
 def read_tune(title, tune, defaults):
     """The text of one tune to a Song; defaults are the fields, letter -> value, at the head of the book."""
-    # an empty line ends a tune; what follows is free text
-    tune = re.split(r'\n[ \t]*\n', tune)[0]
+    tune = re.split(r'\n[ \t]*\n', tune)[0]   # an empty line ends a tune; what follows is free text
     if len(tune) > MAX_TUNE:
         raise UserError(f'it has more than {MAX_TUNE:,} characters')
-    # comments and %%directives
-    tune = re.sub(r'(?m)^%.*\n|(?<!\\)%.*', '', tune)
+    tune = re.sub(r'(?m)^%.*\n|(?<!\\)%.*', '', tune)   # comments and %%directives
     tune = re.sub(r'[^ -~\n]', '', tune.translate(PLAIN))
     head, key, body = (re.split(r'(?m)^K:(.*)', tune, maxsplit=1) + ['', ''])[:3]
     fields = defaults | dict(re.findall(r'(?m)^([A-Za-z]):(.*)', head)) | {'K': key}
@@ -669,17 +617,19 @@ def read_tune(title, tune, defaults):
     body = re.sub(r'(?m)^([A-Za-z+]):(?![|:])(.*)\n?', lambda m: f'[{m[0].strip()}]\n' * (m[1] in 'KLMPQV'), body)
     if len(set(re.findall(r'\[V:\s*([^\]\s]*)', body))) > 1:
         raise UserError('it has several voices')
-    # what the header says, before the music changes it
-    told = dict(sharps=page.key[1], minor=page.key[2])
+    told = dict(sharps=page.key[1], minor=page.key[2])   # what the header says, before the music changes it
     bar = page.bar
     fields |= dict(M=page.metre, L=str(page.unit))
-    rows, symbols, length, first_bar = play(spell_parts(page, fields.get('P', ''), body))
-    rows += triads(symbols, rows, length)
+    rows, length, first_bar = play(spell_parts(page, fields.get('P', ''), body))
     if not any(LOWEST <= row[0] < LOWEST + KEYS for row in rows):
         raise UserError('it has no notes')
     if bar and fields['M']:
         told |= dict(metre=fields['M'], pickup=first_bar if first_bar < 4 * bar else 0.0)
-    told |= dict(tempo=read_tempo(page.tempo, Fraction(fields['L'])), silence=length - max(row[2] for row in rows))
+    # Q: 1/4=120, 3/8=92.5, or 120 notes of the unit length; without "Allegro"
+    m = re.search(r'(?:([1-9]\d?/[1-9]\d?)\s*=|=|^)\s*(\d{1,4}(?:\.\d{1,4})?)', re.sub(r'"[^"]*"?\s*', '', page.tempo))
+    if m and float(m[2]) > 0:
+        told['tempo'] = float(m[2]) * float(4 * Fraction(m[1] or fields['L']))
+    told['silence'] = length - max(row[2] for row in rows)
     lines = [f'{letter}:{fields[letter]}' for letter in 'MLPVK' if letter == 'K' or fields.get(letter)]
     text = '\n'.join(lines + [re.sub(r'\[Q:[^\]\n]*\]', '', body)])
     text = re.sub(r' *\n\s*', '\n', re.sub(' +', ' ', text.strip()))
@@ -687,16 +637,14 @@ def read_tune(title, tune, defaults):
 
 
 def spell_parts(page, order, body):
-    """Music to events, its parts (each begins with a field P:) in an order such as AABB."""
+    """Music to events; its parts, each begun by a field P:, in an order such as AABB, if there is one."""
     first, *parts = re.split(r'\[P:([^\]\n]*)\]', body)
-    if not set(order) & set(parts[::2]):
+    if not re.fullmatch('[A-Z]+', order) or not set(order) & set(parts[::2]):
         return page.spell(body)
-    if re.search(r'[(\d]', order):
-        raise UserError(f'cannot play its parts in the order {order[:40]}')
     events = page.spell(first)
     spelt = {label: page.spell(music) for label, music in zip(parts[::2], parts[1::2])}
     for label in order[:100]:
-        events += [Bar(0, True, True), *spelt.get(label, [])]
+        events += [Bar(0, True, True, []), *spelt.get(label, [])]
     return events
 
 
@@ -705,8 +653,7 @@ def read_key(value):
     value = re.sub(r'[\w-]+=\S*', '', value).strip()
     if re.match(r'(?:treble|bass|alto|tenor|perc|soprano|mezzo|baritone|[+-]8)', value):
         return None
-    # Highland pipes play F# and C#
-    value = re.sub('^H[Pp]', 'D', value)
+    value = re.sub('^H[Pp]', 'D', value)   # Highland pipes play F# and C#
     modes = r'(?i:maj|ion|min|aeo|mix|dor|phr|lyd|loc|exp)|m(?![a-z])|'
     m = re.match(rf'none|$|([A-Ga-g])([#b]?)\s*({modes})', value)
     if not m:
@@ -720,17 +667,6 @@ def read_key(value):
     return signs, count, MODES.get(mode) == -3
 
 
-def read_tempo(text, unit):
-    """The text of a Q: field to quarter notes a minute: 1/4=120, 3/8=92.5, or 120 notes of the unit length."""
-    # without "Allegro"
-    *beats, number = re.sub(r'"[^"]*"?', '', text).split('=')
-    number = re.match(r'\s*(\d{1,4}(?:\.\d{1,4})?)', number)
-    beat = sum(Fraction(m) for m in re.findall(r'[1-9]\d?/[1-9]\d?', ''.join(beats)))
-    if not number or float(number[1]) == 0:
-        return 120.0
-    return float(number[1]) * float(4 * (beat or unit))
-
-
 def read_triad(text):
     """A chord symbol to a close triad of MIDI notes, its root in C3..B3; [] for N.C., None if it is no chord."""
     text = re.sub(r'\([^()]*\)', '', text).strip()
@@ -739,15 +675,16 @@ def read_triad(text):
     m = re.fullmatch(r'([A-G])([#b]?)(.*?)\s*(/[\^_=]?[A-Ga-g][#b^_=+-]?)?', text)
     for quality, intervals in TRIADS.items() if m else ():
         if re.fullmatch(quality, m[3]):
-            root = 48 + (SCALE[m[1]] + ALTER[m[2]]) % 12
+            root = 48 + (SCALE.index(m[1]) + ALTER[m[2]]) % 12
             return [root + i for i in intervals]
     return None
 
 
-def read_length(text):
-    """The length behind a note (3, 3/2, / for 1/2, // for 1/4) to units."""
+@functools.lru_cache(1000)
+def read_length(text, unit):
+    """The length behind a note (3, 3/2, / for 1/2, // for 1/4), in units, to beats."""
     above, below = re.fullmatch(r'(\d*)/*(\d*)', text).groups()
-    return Fraction(int(above or 1), int(below or 2 ** text.count('/')))
+    return 4 * unit * Fraction(int(above or 1), int(below or 2 ** text.count('/')))
 
 
 @dataclass
@@ -768,7 +705,8 @@ class Page:
         """Music to events in the order in which they are written."""
         self.events = []
         for m in TOKEN.finditer(music):
-            getattr(self, m.lastgroup)(m)
+            if m.lastgroup:   # else it does not sound
+                getattr(self, m.lastgroup)(m)
         return self.events
 
     def take(self, letter, value):
@@ -783,8 +721,7 @@ class Page:
                 raise UserError(f'cannot read L:{value[:40]}')
             self.unit = Fraction(1, int(m[1] or 1))
         elif letter in 'KV':
-            # treble-8 and the like
-            m = re.search(r'([+-])8', value)
+            m = re.search(r'([+-])8', value)   # treble-8 and the like
             self.shift = int(m[1] + '12') if m else self.shift
             if letter == 'K':
                 self.key = read_key(value) or self.key
@@ -804,22 +741,19 @@ class Page:
             self.events.append(mark.lastgroup)
 
     def bar_line(self, m):
-        """Bar lines side by side are one: |] and :| on the next line end a repeat."""
+        """Bar lines side by side are one, |] and :| on the next line end a repeat; with the number of an ending."""
         self.altered = {}
-        ends = max(map(len, re.findall(r'(?<![|:])(:+)[|\]]', m[0])), default=int(m[0].startswith('::')))
-        self.events.append(Bar(ends, m[0].endswith(':'), bool(re.search(r'\|[|\]]|\[\|', m[0]))))
-
-    def ending(self, m):
-        """[1 or [1,3, or without the bracket after a bar line."""
-        if m[0][0] != '[' and not (self.events and isinstance(self.events[-1], Bar)):
-            self.unknown(m)
-        self.events.append(Ending([int(turn) for turn in re.findall(r'\d', m[0])]))
+        colons = re.findall(r'(?<![|:])(:+)[|\]]', m[0])
+        ends = max(map(len, colons), default=int(m[0].startswith('::')))
+        double = bool(re.search(r'\|[|\]]|\[\|', m[0]))
+        turns = [int(turn) for turn in re.findall(r'\d', m[0])]
+        self.events.append(Bar(ends, m[0].endswith(':'), double, turns))
 
     def tuplet(self, m):
         """(p:q:r puts p notes into the time of q, for the next r sounds."""
         p, q, r = (int(n or 0) for n in (m[0][1:] + '::').split(':')[:3])
-        compound = self.metre in ('6/8', '9/8', '12/8')
-        q = q or {2: 3, 3: 2, 4: 3, 6: 2, 8: 3}.get(p, 3 if compound else 2)
+        in_threes = p in (2, 4, 8) or p in (5, 7, 9) and self.metre in ('6/8', '9/8', '12/8')
+        q = q or (3 if in_threes else 2)
         self.factors = [Fraction(q, p)] * (r or p)
 
     def broken(self, m):
@@ -835,7 +769,7 @@ class Page:
     def sound(self, m):
         """A note, a chord or a rest."""
         text = m[0]
-        length = 4 * self.unit * read_length(m['length'])
+        length = read_length(m['length'], self.unit)
         if self.factors:
             length *= self.factors.pop(0)
         chord = WORDS.sub('', m['chord'] or '')
@@ -843,99 +777,90 @@ class Page:
         if text[0] == '[':
             if not written or re.search(r'[\^_=\d/|:&]', NOTE.sub('', chord)):
                 raise UserError(f'cannot read {text[:40]}')
-            # a chord lasts as long as its first note
-            length *= read_length(written[0][3])
-        # rests of whole bars
-        elif text[0] in 'ZX':
+            length *= read_length(written[0][3], Fraction(1, 4))   # a chord lasts as long as its first note
+        elif text[0] in 'ZX':   # rests of whole bars
             length *= (self.bar or 1) / self.unit
         before = self.last
         self.last = Sound({}, length, set())
         self.events.append(self.last)
         for sign, letter, octave, _, tie in written:
-            place = letter.upper(), letter.islower() + octave.count("'") - octave.count(',')
-            # lasts to the bar line, in every octave: the standard's default
-            if sign:
-                self.altered[place[0]] = ALTER[sign]
-            semitones = self.altered.get(place[0], self.key[0].get(place[0], 0))
-            note = 60 + 12 * place[1] + SCALE[place[0]] + semitones + self.shift
-            # a tie carries the alteration over the bar line
-            if not sign and place in before.tied:
+            place = letter + octave
+            letter = letter.upper()
+            if sign:   # lasts to the bar line, in every octave: the standard's default
+                self.altered[letter] = ALTER[sign]
+            semitones = self.altered.get(letter, self.key[0].get(letter, 0))
+            octaves = place[0].islower() + octave.count("'") - octave.count(',')
+            note = 60 + 12 * octaves + SCALE.index(letter) + semitones + self.shift
+            if not sign and place in before.tied:   # a tie carries the alteration over the bar line
                 note = before.notes[place]
             self.last.notes[place] = note
             if tie:
                 self.last.tied.add(place)
-
-    def silent(self, m):
-        """What does not sound: decorations, grace notes, spaces, letters without a meaning."""
 
     def unknown(self, m):
         raise UserError(f'cannot read {m[0][:40]}')
 
 
 def arrange(events):
-    """Events in the order of playing: D.C. goes back to the start, D.S. to the segno, once and without repeats, then
-    on to the fine or the end of the music so far. What has to stop does so at the end of its bar."""
-    def places(events, *words):
-        return [i for i, event in enumerate(events) if event in words]
+    """Events in the order of playing.
 
-    def up_to(events, i):
-        return events[:next((j for j in range(i, len(events)) if isinstance(events[j], Bar)), len(events))]
-
-    played = unfold(events)
-    jumps = places(played, 'DC', 'DS')
-    if not jumps:
-        return played
-    again = unfold(events, repeats=False)
-    if played[jumps[-1]] == 'DS':
-        again = again[(places(again, 'segno') or [0])[0]:]
-    stops = places(again, 'fine')[:1] or places(again, 'DC', 'DS')[-1:] or [0]
-    return up_to(played, jumps[-1]) + up_to(again, stops[0])
-
-
-def unfold(events, repeats=True):
-    """Events with their repeats played out. A repeat goes back to the latest |: or, if it has none, to the latest
-    double bar, end of a repeat, or start of the tune; on each turn the endings of other turns are left out.
-    With repeats=False all is played once, with the last of the endings."""
+    A repeat goes back to the latest |: or, if it has none, to the latest double bar, end of a repeat, or start of the
+    tune; on each turn the endings of other turns are left out. The last D.C. goes back to the start, a D.S. to the
+    segno, at the end of its bar; from there on to the fine, or to where it was, the last endings are played only."""
+    events = [*events, Bar(0, False, True, [])]
+    jump = max((i for i, event in enumerate(events) if event in ('DC', 'DS')), default=None)
+    # where an ending may end
+    gates = [i for i, event in enumerate(events) if isinstance(event, Bar) and any(event)]
     played = []
     start = 0   # where the repeat goes back to
     opened = False   # is that a |: and no last ending begun?
     turn = 1
-    turns = 1
+    last_turn = 1
+    leaves = False   # is a jump or an end due in this bar?
+    again = False   # was the jump made?
     i = 0
     while i < len(events):
         event = events[i]
+        leaves = leaves or i == jump or again and event == 'fine'
         i += 1
-        if isinstance(event, Ending):
-            turns = max(turns, *event.turns)
-            opened = opened and turn == 1
-            end = i
-            while end < len(events) and not (isinstance(events[end], Ending) or getattr(events[end], 'ends', 0)):
-                end += 1
-            leads_back = end < len(events) and isinstance(events[end], Bar)
-            if turn not in event.turns if repeats else leads_back:
-                # its repeat has been played before
-                i = end + leads_back
-                continue
-        if isinstance(event, Bar):
-            if event.ends:
-                following = events[i].turns if i < len(events) and isinstance(events[i], Ending) else []
-                turns = max(turns, event.ends + 1, *following)
-            if event.ends and turn < turns and repeats:
-                turn += 1
-                i = start
-            elif event.ends or event.starts or event.double and not opened:
-                start = i
-                opened = event.starts
-                turn = 1
-                turns = 1
         played.append(event)
         if len(played) > MAX_TUNE:
             raise UserError(f'its repeats make more than {MAX_TUNE:,} notes')
-    return played
+        if not isinstance(event, Bar):
+            continue
+        last_turn = max(last_turn, event.ends + 1, *event.turns)
+        if event.ends and turn < last_turn and not again:
+            turn += 1
+            i = start
+            leaves = False
+            continue
+        if leaves and again:
+            break
+        if leaves:
+            again = True
+            leaves = False
+            i = events.index('segno') if events[jump] == 'DS' and 'segno' in events else 0
+            continue
+        if event.turns:
+            opened = opened and turn == 1
+        elif event.ends or event.starts or event.double and not opened:
+            start = i
+            opened = event.starts
+            turn = 1
+            last_turn = 1
+        # an ending of another turn, or after the jump one that leads back, is left out
+        while event.turns:
+            end = gates[bisect.bisect_left(gates, i)]
+            if not events[end].ends if again else turn in event.turns:
+                break
+            event = events[end]
+            i = end + bool(event.ends or event.turns)
+            last_turn = max(last_turn, *event.turns, 1)
+    return played[:-1]
 
 
 def play(events):
-    """Events to (rows [MIDI note, onset, end], chord symbols (onset, triad), length, the first bar line) in beats."""
+    """Events to (rows [MIDI note, onset, end], length, the first bar line) in beats."""
     rows = []
     symbols = []
     now = Fraction(0)
@@ -943,40 +868,33 @@ def play(events):
     held = {}   # MIDI note -> its row, where it is tied
     for event in arrange(events):
         if isinstance(event, Sound):
-            sounding = {note: held.get(note) or [note, float(now)] for note in event.notes.values()}
+            onset = float(now)
+            sounding = {note: held.get(note) or [note, onset, onset] for note in event.notes.values()}
             rows += [row for note, row in sounding.items() if note not in held]
             now += event.beats
             for row in sounding.values():
-                row[2:] = [float(now)]
+                row[2] = float(now)
             held = {event.notes[place]: sounding[event.notes[place]] for place in event.tied}
         elif isinstance(event, Symbol):
             symbols.append((float(now), event.triad))
         elif isinstance(event, Bar):
             first_bar = first_bar or float(now)
-    return rows, symbols, float(now), first_bar
-
-
-def triads(symbols, rows, length):
-    """Rows of the chords: each from its symbol to the next one, below the notes that sound meanwhile."""
-    rows = as_notes(rows)
-    chords = []
-    for (onset, triad), (end, _) in zip(symbols, symbols[1:] + [(length, [])]):
-        triad = list(triad)
-        sounding = (rows[:, 1] < end) & (rows[:, 2] > onset)
-        lowest = rows[sounding, 0].min(initial=128)
-        # while it reaches the melody, its top note moves down an octave
-        for _ in triad:
+    melody = as_notes(rows)
+    # each chord lasts to the next one, below the notes that sound meanwhile
+    for (onset, triad), (end, _) in zip(symbols, symbols[1:] + [(float(now), [])]):
+        sounding = (melody[:, 1] < end) & (melody[:, 2] > onset)
+        lowest = melody[sounding, 0].min(initial=128)
+        for _ in triad:   # while it reaches the melody, its top note moves down an octave
             if triad[-1] >= lowest:
                 triad = [triad[-1] - 12, *triad[:-1]]
-        chords += [[note, onset, end] for note in triad if end > onset]
-    return chords
+        rows += [[note, onset, end] for note in triad if end > onset]
+    return rows, float(now), first_bar
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ABC out
 
-# Times are counted in ticks: a multiple of 3 is a 32nd note, a multiple of 4 belongs to a triplet.
-BEAT = 24
+BEAT = 24   # Times are counted in ticks: a multiple of 3 is a 32nd note, a multiple of 4 belongs to a triplet.
 UNIT = 12   # the unit length of what we write, L:1/8
 # ticks of a plain or dotted note
 SINGLE = sorted(length * 2 ** n for length in (Fraction(3, 2), Fraction(9, 4)) for n in range(8))
@@ -1005,19 +923,14 @@ def write_abc(notes, name='', tempo=120.0, sharps=None, minor=False, metre=None,
     if sharps is None:
         sharps, minor = estimate_key(notes)
     metre, bar, pickup = fit_bars(notes, metre, pickup)
-    # tick 0 is the bar line before the first note, or at it
-    first = round(-pickup % bar * BEAT)
+    first = round(-pickup % bar * BEAT)   # tick 0 is the bar line before the first note, or at it
     melody, chords, left_out = find_chords(snap(notes, first))
-    staff = Staff(sharps, minor)
-    tokens, triplets = write_notes(melody, chords, first, round(bar * BEAT), staff)
     title = unicodedata.normalize('NFKD', name).encode('ascii', 'ignore').decode()
     title = re.sub(r'[^ -~]', ' ', title).replace('%', ' ').strip() or 'Untitled'
     # how far a beam reaches: a dotted quarter, a quarter in 3/4, else two quarters
-    beam = BEAT if metre[0] == '3' else 2 * BEAT
-    if metre.endswith('/8'):
-        beam = 36
+    beam = 36 if metre.endswith('/8') else BEAT if metre.startswith('3') else 2 * BEAT
     lines = ['X:1', f'T:{title}', f'M:{metre}', 'L:1/8', f'Q:1/4={tempo:.6g}', f'K:{key_name(sharps, minor)}']
-    lines += write_bars(tokens, triplets, round(bar * BEAT), beam)
+    lines.append(write_music(melody, chords, first, round(bar * BEAT), beam, Staff(sharps, minor)))
     return '\n'.join(lines) + '\n', left_out
 
 
@@ -1039,46 +952,39 @@ def fit_bars(notes, text, pickup):
 
 
 def snap(notes, first):
-    """Notes as Ticks, later by `first` ticks; each beat is divided as its notes need it."""
-    times = (notes[:, 1:] * BEAT + first).tolist()
-    beats = {}
-    for time in itertools.chain(*times):
-        beats.setdefault(time // BEAT, set()).add(time % BEAT)
-    # the first good step of 16ths, triplets, 32nds, 16th triplets
-    steps = {}
-    for beat, offsets in beats.items():
-        errors = {step: max(abs(time - step * round(time / step)) for time in offsets) for step in (6, 8, 3, 4)}
-        steps[beat] = min(errors, key=lambda step: max(errors[step], 0.5))
-    ticks = []
-    for key, (onset, end) in zip(notes[:, 0], times):
-        onset, end = (steps[time // BEAT] * round(time / steps[time // BEAT]) for time in (onset, end))
-        ticks.append((key + LOWEST, onset, max(end, onset + 3)))
-    return [Tick(int(onset), int(key), int(end)) for key, onset, end in one_per_key(as_notes(ticks))]
+    """Notes as Ticks, later by `first` ticks, on 32nd notes, or on triplets in beats that these fit better."""
+    times = notes[:, 1:] * BEAT + first
+    beats = (times // BEAT).astype(int)
+    straight = 3 * np.rint(times / 3)
+    thirds = 4 * np.rint(times / 4)
+    gain = np.abs(times - straight) - np.abs(times - thirds)
+    fits = np.bincount(beats.ravel(), gain.ravel()) > 0.5
+    ticks = np.where(fits[beats], thirds, straight)
+    ticks[:, 1] = np.maximum(ticks[:, 1], ticks[:, 0] + 3)
+    snapped = one_per_key(np.column_stack((notes[:, 0] + LOWEST, ticks)))
+    return [Tick(int(onset), int(key), int(end)) for key, onset, end in snapped]
 
 
 def find_chords(ticks):
-    """Ticks to (melody, chords, how many notes are left out); a chord is (onset, end, root 0..11, quality).
+    """Ticks to (melody, chords (onset, end, root 0..11, quality), how many notes are left out).
 
-    A chord: three or four notes struck together from below middle C, within an octave, that have a name.
-    Left out is the bass of a tune with chords: what lies below their octave and under another note."""
+    A chord: three or four notes struck together from below middle C, within an octave, that have a name. Left out is
+    the bass of a tune with chords: what lies below their octave and under another note."""
     melody = []
     bass = []
     chords = []
-    # when the melody so far falls silent
-    until = 0
+    until = 0   # when the melody so far falls silent
     for onset, group in itertools.groupby(ticks, lambda note: note.onset):
         group = list(group)
         # the highest is left to the melody if it can be spared and no other melody note sounds
         low = group[:-1] if until <= onset and len(group) > 3 else group
-        root, quality, members = name_chord(low) or name_chord(low[1:]) or (0, '', [])
+        root, quality, members = name_chord(low) or (0, '', [])
         if members:
             chords.append((onset, max(note.end for note in members), root, quality))
             # the top note of a chord without melody above it is both, if it lasts less long than the others
             if members[-1] is group[-1] and until <= onset and members[-1].end < members[0].end:
                 members = members[:-1]
-        for note in group:
-            if note in members:
-                continue
+        for note in [note for note in group if note not in members]:
             if note.key < 48 and (until > onset or note is not group[-1]):
                 bass.append(note)
             else:
@@ -1090,99 +996,71 @@ def find_chords(ticks):
 
 
 def name_chord(group):
-    """(root 0..11, quality, members) of the chord that the lowest notes of a group are, or None; the lowest note is its
-    root rather than another."""
-    low = [note for note in group if note.key - group[0].key < 12]
-    if len(low) < 3 or low[0].key >= 60:
-        return None
-    for i, size in ((0, 4), (0, 3), (1, 4), (1, 3), (2, 4), (2, 3), (3, 4)):
-        members = low[:size]
-        shape = tuple(sorted((note.key - members[i].key) % 12 for note in members)) if i < len(members) else ()
-        if shape in QUALITIES:
-            return members[i].key % 12, QUALITIES[shape], members
+    """(root 0..11, quality, members) of the chord that the lowest notes of a group are, or None."""
+    low = [note for note in group if note.key - group[0].key < 12 and group[0].key < 60]
+    for members in (low[:4], low[:3]):
+        for note in members:
+            shape = tuple(sorted((other.key - note.key) % 12 for other in members))
+            if shape in QUALITIES:
+                return note.key % 12, QUALITIES[shape], members
     return None
 
 
-def write_notes(melody, chords, first, bar, staff):
-    """(tick, text) of all notes from tick `first` on, cut wherever one begins or ends, at chord symbols, bar lines and
-    around triplets; and the triplets, {onset: end}."""
+def write_music(melody, chords, first, bar, beam, staff):
+    """Lines of music from tick `first` on, four bars each, cut wherever a note begins or ends, at chord symbols, bar
+    lines and around triplets; notes of a beam stand together."""
     end = max([first + UNIT] + [note.end for note in melody] + [chord[1] for chord in chords])
-    # the last bar has at least a beat
-    if 0 < end % bar < BEAT:
+    if 0 < end % bar < BEAT:   # the last bar has at least a beat
         end += BEAT - end % bar
     symbols = {}
     for (onset, stop, root, quality), (after, *_) in zip(chords, chords[1:] + [(end,)]):
-        symbols[onset] = staff.root(root) + quality
+        symbols[onset] = f'"{staff.root(root)}{quality}"'
         if after - stop >= BEAT:
-            symbols[stop] = '^N.C.'
+            symbols[stop] = '"^N.C."'
     cuts = {first, end, *symbols, *range(bar * (first // bar + 1), end, bar)}
-    cuts.update(time for note in melody for time in (note.onset, note.end))
-    triplets = find_triplets(cuts, first)
-    cuts = sorted(cuts.union(triplets, triplets.values()))
+    for note in melody:
+        cuts.update((note.onset, note.end))
+    for beat in {time - time % BEAT for time in cuts if time % 3}:
+        cuts.update((max(first, beat), beat + BEAT))
+    cuts = sorted(cuts)
     sounding = {cut: [] for cut in cuts}
     for note in melody:
-        for cut in cuts[bisect.bisect(cuts, note.onset) - 1:bisect.bisect_left(cuts, note.end)]:
+        for cut in cuts[bisect.bisect_left(cuts, note.onset):bisect.bisect_left(cuts, note.end)]:
             sounding[cut].append(note)
-    tokens = []
-    triplet_end = 0
-    for onset, end in zip(cuts, cuts[1:]):
-        if onset % bar == 0:
-            staff.signs = {}
-        triplet_end = triplets.get(onset, triplet_end)
-        # three take the time of two
-        stretch = Fraction(3, 2) if onset < triplet_end else 1
-        text = f'"{symbols[onset]}"' if onset in symbols else ''
-        tokens += write_slice(text, sorted(sounding[onset]), onset, end, stretch, staff)
-    return tokens, triplets
-
-
-def find_triplets(cuts, first):
-    """{onset: end} of the beats and half beats that are divided in three."""
-    triplets = {}
-    for beat in {time // BEAT for time in cuts if time % 3}:
-        offsets = {time - beat * BEAT for time in cuts if time // BEAT == beat}
-        # a whole beat, unless it is cut in the middle
-        edges = [0, BEAT // 2, BEAT] if BEAT // 2 in offsets else [0, BEAT]
-        for onset, end in zip(edges, edges[1:]):
-            if any(time % 3 for time in offsets if onset <= time < end) and beat * BEAT + onset >= first:
-                triplets[beat * BEAT + onset] = beat * BEAT + end
-    return triplets
-
-
-def write_bars(tokens, triplets, bar, beam):
-    """(tick, text) of notes to lines of music, four bars each; notes of a beam stand together."""
-    ticks = [tick for tick, _ in tokens]
+    slices = [(onset, end, onset % 3 > 0 or end % 3 > 0) for onset, end in zip(cuts, cuts[1:])]
+    sizes = {}   # beat -> how many slices its triplet has
+    for onset, _, in_triplet in slices:
+        sizes[onset // BEAT] = sizes.get(onset // BEAT, 0) + in_triplet
     bars = []
-    for tick, text in tokens:
-        if not bars or tick % bar == 0:
+    for onset, end, in_triplet in slices:
+        if not bars or onset % bar == 0:
             bars.append('')
-        elif tick % bar % beam == 0:
+            staff.signs = {}
+        elif onset % bar % beam == 0:
             bars[-1] += ' '
-        if tick in triplets:
-            count = bisect.bisect_left(ticks, triplets[tick]) - bisect.bisect_left(ticks, tick)
-            bars[-1] += '(3' if count == 3 else f'(3:2:{count}'
-        bars[-1] += text
-    # a pickup stands on the line of the first four bars
-    first = 4 + (ticks[0] % bar > 0)
-    lines = [bars[:first]] + [bars[i:i + 4] for i in range(first, len(bars), 4)]
-    return ['|'.join(line) + '|' for line in lines[:-1]] + ['|'.join(lines[-1]) + '|]']
+        if in_triplet and onset // BEAT in sizes:
+            bars[-1] += f'(3:2:{sizes.pop(onset // BEAT)}'.replace('(3:2:3', '(3')
+        bars[-1] += symbols.get(onset, '') + write_slice(sorted(sounding[onset]), onset, end, in_triplet, staff)
+    count = 4 + (first % bar > 0)   # a pickup stands on the line of the first four bars
+    lines = [bars[:count]] + [bars[i:i + 4] for i in range(count, len(bars), 4)]
+    return '|\n'.join('|'.join(line) for line in lines) + '|]'
 
 
-def write_slice(text, notes, onset, end, stretch, staff):
-    """(tick, text) of notes that sound from onset to end: one, or several tied ones if no single note is so long."""
-    tokens = []
-    left = (end - onset) * stretch
+def write_slice(notes, onset, end, in_triplet, staff):
+    """What sounds from onset to end: one note or chord, or several tied ones if no single note is so long."""
+    pieces = []
+    left = end - onset
+    if in_triplet:   # three take the time of two
+        left *= Fraction(3, 2)
     while left:
-        length = max((single for single in SINGLE if single <= left), default=left)
+        length = left if in_triplet else max((single for single in SINGLE if single <= left), default=left)
         left -= length
         above, below = (Fraction(length) / UNIT).as_integer_ratio()
         lasts = str(above) * (above > 1) + {1: '', 2: '/'}.get(below, f'/{below}')
         names = [staff.note(note.key) + lasts + '-' * (left > 0 or note.end > end) for note in notes]
-        sound = ''.join(names) or 'z' + lasts
-        tokens.append((onset, text + (f'[{sound}]' if len(names) > 1 else sound)))
-        onset += length / stretch
-        text = ''
-    return tokens
+        piece = ''.join(names) or 'z' + lasts
+        pieces.append(f'[{piece}]' if len(names) > 1 else piece)
+    return ' '.join(pieces)
 
 
 @dataclass

@@ -67,8 +67,7 @@ def parse_args():
 
 
 def output_names(args):
-    """The names of the tunes, without suffix. Raises UserError, before anything is composed, if one cannot be
-    written."""
+    """The names of the tunes, without suffix. Raises UserError, before composing, if one cannot be written."""
     if args.out:
         notation.check_writable(args.out)       # no folder, link or device
     out = args.out or args.ckpt
@@ -166,8 +165,7 @@ def key_shift(song, sharps):
 
 
 def finished(song, opening, args, moved):
-    """The Song as it is written: without the prompt if that is asked, in the key that is asked, or back in the
-    prompt's."""
+    """The Song as it is written: without the prompt if so asked, in the key that is asked or the prompt's."""
     notes = song.notes.copy()
     if args.no_prompt and len(opening.notes):
         begin = opening.notes[:, 2].max()

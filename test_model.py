@@ -105,16 +105,14 @@ def test_files_that_are_no_plain_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / 'fifo')
     (tmp_path / 'file').write_bytes(b'what was there')
     (tmp_path / 'link').symlink_to(tmp_path / 'file')
-    (tmp_path / 'lost').symlink_to(tmp_path / 'nowhere')
     (tmp_path / 'folder').mkdir()
-    for path in (tmp_path / 'fifo', tmp_path / 'folder', tmp_path / 'nowhere', tmp_path / 'lost', '/dev/zero'):
+    for path in (tmp_path / 'fifo', tmp_path / 'folder', tmp_path / 'nowhere', '/dev/zero'):
         with pytest.raises(notation.UserError, match=f'cannot read {path}'):
             notation.read_bytes(path, 100)
-    for path in (tmp_path / 'fifo', tmp_path / 'folder', '/dev/null', tmp_path / 'link', tmp_path / 'lost',
-                 tmp_path / 'none' / 'file', tmp_path / 'file' / 'file', tmp_path / ('x' * 300)):
+    for name in ('fifo', 'folder', '/dev/null', 'link', 'none/file', 'file/file', 'x' * 300):
         with pytest.raises(notation.UserError, match='cannot write'):
-            notation.write_whole(path, b'new')
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['fifo', 'file', 'folder', 'link', 'lost']
+            notation.write_whole(tmp_path / name, b'new')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['fifo', 'file', 'folder', 'link']
     assert notation.read_bytes(tmp_path / 'link') == b'what was there'
     with pytest.raises(notation.UserError, match='larger than'):
         notation.read_bytes(tmp_path / 'file', 5)
@@ -155,76 +153,64 @@ def test_files_messages_are_one_short_line():
 # ---------------------------------------------------------------------------------------------------------------------
 # MIDI
 
-@pytest.mark.parametrize('kind, tracks, rows', [
-    pytest.param(0, ['on60 off60+480'], [(60, 0, 1)], id='type 0'),
-    pytest.param(1, ['on60 off60+480', 'on48+240/3 off48+960/3'],
-                 [(60, 0, 1), (48, .5, 2.5)], id='all tracks and channels'),
-    pytest.param(0, ['on36/9 on60 off60+480 off36/9'], [(60, 0, 1)], id='percussion'),
-    pytest.param(0, ['on60 on60+480:0 on62+480 off62+480'], [(60, 0, 1), (62, 2, 3)], id='velocity 0'),
-    pytest.param(0, ['on60 on60+480 off60+480 off60+480'], [(60, 0, 1), (60, 1, 2)], id='struck again'),
-    pytest.param(0, ['on60 on60+480 off60 off60+480'], [(60, 0, 1), (60, 1, 2)], id='late release'),
-    pytest.param(1, ['on60 off60+1920', 'on60+480/1 off60+480/1'],
-                 [(60, 0, 1), (60, 1, 2)], id='struck again from another track'),
-    pytest.param(0, ['on60 on60/1 off60+480 off60+480/1'], [(60, 0, 2)], id='twice at once'),
-    pytest.param(1, ['on60+480', 'on64 off64+1440'], [(64, 0, 3), (60, 1, 3)], id='never released'),
-    pytest.param(0, ['on60+480 off60 on62+480 off62+480'], [(60, 1, 1), (62, 2, 3)], id='no length'),
-    pytest.param(0, ['off60 on62+480 off62+480 off62'], [(62, 1, 2)], id='release without a strike'),
+@pytest.mark.parametrize('tracks, rows', [
+    (['on60 off60+480'], [(60, 0, 1)]),
+    # all tracks and channels but percussion
+    (['on60 off60+480', 'on48+240/3 off48+960/3'], [(60, 0, 1), (48, .5, 2.5)]),
+    (['on36/9 on60 off60+480 off36/9'], [(60, 0, 1)]),
+    # velocity 0; struck again, also with a late release or from another track; twice at once
+    (['on60 on60+480:0 on62+480 off62+480'], [(60, 0, 1), (62, 2, 3)]),
+    (['on60 on60+480 off60+480 off60+480'], [(60, 0, 1), (60, 1, 2)]),
+    (['on60 on60+480 off60 off60+480'], [(60, 0, 1), (60, 1, 2)]),
+    (['on60 off60+1920', 'on60+480/1 off60+480/1'], [(60, 0, 1), (60, 1, 2)]),
+    (['on60 on60/1 off60+480 off60+480/1'], [(60, 0, 2)]),
+    # never released, no length, released only
+    (['on60+480', 'on64 off64+1440'], [(64, 0, 3), (60, 1, 3)]),
+    (['on60+480 off60 on62+480 off62+480'], [(60, 1, 1), (62, 2, 3)]),
+    (['off60 on62+480 off62+480 off62'], [(62, 1, 2)]),
+    # the sustain pedal: held, down at the release, up at the release, half way, not down
+    (['pedal127 on60 off60+480 pedal0+480'], [(60, 0, 2)]), (['on60 off60+480 pedal127 pedal0+480'], [(60, 0, 2)]),
+    (['pedal127 on60 pedal0+480 off60'], [(60, 0, 1)]),
+    (['pedal64 on60 off60+480 pedal90+240 pedal63+240'], [(60, 0, 2)]),
+    (['pedal63 on60 off60+480 pedal0+480'], [(60, 0, 1)]),
+    # struck again, of another channel, to the end of the file, up too early
+    (['pedal127 on60 off60+240 on60+240 off60+240 pedal0+720'], [(60, 0, 1), (60, 1, 3)]),
+    (['pedal127/1 on60 off60+480 pedal0+480/1'], [(60, 0, 1)]),
+    (['pedal127 on60 off60+480 on62+480 off62+480'], [(60, 0, 3), (62, 2, 3)]),
+    (['pedal127 on60 pedal0+240 off60+240'], [(60, 0, 1)]),
 ])
-def test_midi_notes(tmp_path, kind, tracks, rows):
-    content = midi_bytes(*tracks, kind=kind)
+def test_midi_notes(tmp_path, tracks, rows):
+    content = midi_bytes(*tracks, kind=len(tracks) > 1)
     (tmp_path / 'a.mid').write_bytes(content)
     song = notation.read_midi(tmp_path / 'a.mid')
     assert midi_rows(song) == rows and song.dropped == 0 and song.name == 'a.mid'
     assert midi_rows(notation.read_midi(io.BytesIO(content))) == midi_rows(notation.read_midi(content)) == rows
 
 
-@pytest.mark.parametrize('events, rows', [
-    pytest.param('pedal127 on60 off60+480 pedal0+480', [(60, 0, 2)], id='held'),
-    pytest.param('on60 off60+480 pedal127 pedal0+480', [(60, 0, 2)], id='down at the release'),
-    pytest.param('pedal127 on60 pedal0+480 off60', [(60, 0, 1)], id='up at the release'),
-    pytest.param('pedal64 on60 off60+480 pedal90+240 pedal63+240', [(60, 0, 2)], id='half pedal'),
-    pytest.param('pedal63 on60 off60+480 pedal0+480', [(60, 0, 1)], id='not down'),
-    pytest.param('pedal127 on60 off60+240 on60+240 off60+240 pedal0+720',
-                 [(60, 0, 1), (60, 1, 3)], id='struck again'),
-    pytest.param('pedal127/1 on60 off60+480 pedal0+480/1', [(60, 0, 1)], id='of another channel'),
-    pytest.param('pedal127 on60 off60+480 on62+480 off62+480',
-                 [(60, 0, 3), (62, 2, 3)], id='to the end of the file'),
-    pytest.param('pedal127 on60 pedal0+240 off60+240', [(60, 0, 1)], id='up too early'),
-])
-def test_midi_sustain_pedal(events, rows):
-    assert midi_rows(notation.read_midi(midi_bytes(events, kind=0))) == rows
+EVENTS = {
+    'no such key': b'\xff\x59\x02\xee\x01', 'no such mode': b'\xff\x59\x02\xfe\xff', 'key of 1 byte': b'\xff\x59\x01\0',
+    'tempo of 2 bytes': b'\xff\x51\x02\x07\xa1', 'tempo 0': b'\xff\x51\x03\0\0\0', 'of 4': b'\xff\x51\x04\1\1\1\1',
+    'volume 168': b'\xb0\x07\xa8', 'pedal 200': b'\xb0\x40\xc8', 'controller 255': b'\xb0\xff\0',
+    'program': b'\xc0\xff', 'pressure 128': b'\xd0\x80', 'bend above': b'\xe0\x80\xff', 'note 128': b'\x90\x80\x50',
+    'release': b'\x80\xc8\0',
+    'no time signature': b'\xff\x58\x01\4', '2^200': b'\xff\x58\x04\4\xc8\x18\x08', '0': b'\xff\x58\x04\0\2\x18\x08',
+    'no such status': b'\xf4', 'clock': b'\xf8', 'song position': b'\xf2\1\2', 'unknown text': b'\xff\x7e\3abc',
+    'text of 400': b'\xff\x05\x83\x10' + b'\xe6\xad\x8c\xff' * 100, 'sysex of 5000': b'\xf0\xa7\x08' + b'\xff' * 5000,
+    'port': b'\xff\x21\1\0', 'long zero': b'\xff\x01\x80\x80\x80\x80\0'}
+FILES = {
+    'alien chunk': midi_raw(before=b'XFIH\0\0\0\4abcd'), 'bytes at the end': midi_raw(after=b'\0\0tail'),
+    'alien chunk, no end before': midi_raw(end=b'', after=b'XFIH\0\0\0\4\x90\x90\x90\x90'),
+    'bytes between tracks': midi_raw(after=b'\x85\0\0' + midi_chunk(b'\0\xff\x2f\0'), count=2),
+    'length 3 too long': midi_raw(length=3), 'length 3 too short': midi_raw(length=-3),
+    'length 0': midi_raw(length=-22), 'length without the second note': midi_raw(length=-18),
+    'length of a megabyte': midi_raw(length=1 << 20),
+    'length into the next track': midi_raw(length=3, after=midi_chunk(b'\0\xff\x2f\0')),
+    'no end of track': midi_raw(end=b''), 'too few tracks': midi_raw(count=3), 'count 0': midi_raw(count=0),
+    'RIFF': b'RIFF' + struct.pack('<I', 56) + b'RMIDdata' + struct.pack('<I', 44) + midi_raw()}
 
 
-@pytest.mark.parametrize('content', [
-    pytest.param(midi_raw(b'\0' + event), id=name) for name, event in {
-        'no such key': b'\xff\x59\x02\xee\x01', 'no such mode': b'\xff\x59\x02\xfe\xff',
-        'key of 1 byte': b'\xff\x59\x01\0',
-        'tempo of 2 bytes': b'\xff\x51\x02\x07\xa1', 'tempo 0': b'\xff\x51\x03\0\0\0',
-        'tempo of 4 bytes': b'\xff\x51\x04\1\1\1\1',
-        'volume 168': b'\xb0\x07\xa8', 'pedal 200': b'\xb0\x40\xc8', 'controller 255': b'\xb0\xff\0',
-        'program 255': b'\xc0\xff',
-        'pressure 128': b'\xd0\x80', 'bend above': b'\xe0\x80\xff', 'note 128': b'\x90\x80\x50',
-        'release of 200': b'\x80\xc8\0',
-        'no time signature': b'\xff\x58\x01\4', 'bar of 2^200': b'\xff\x58\x04\4\xc8\x18\x08',
-        'bar of 0': b'\xff\x58\x04\0\2\x18\x08',
-        'no such status': b'\xf4', 'clock': b'\xf8', 'song position': b'\xf2\1\2', 'unknown text': b'\xff\x7e\3abc',
-        'text of 400': b'\xff\x05\x83\x10' + b'\xe6\xad\x8c\xff' * 100,
-        'sysex of 5000': b'\xf0\xa7\x08' + b'\xff' * 5000,
-        'port': b'\xff\x21\1\0', 'long zero': b'\xff\x01\x80\x80\x80\x80\0'}.items()] + [
-    pytest.param(midi_raw(before=b'XFIH\0\0\0\4abcd'), id='alien chunk'),
-    pytest.param(midi_raw(end=b'', after=b'XFIH\0\0\0\4\x90\x90\x90\x90'), id='alien chunk, no end before'),
-    pytest.param(midi_raw(after=b'\x85\0\0' + midi_chunk(b'\0\xff\x2f\0'), count=2), id='bytes between tracks'),
-    pytest.param(midi_raw(after=b'\0\0tail'), id='bytes at the end'),
-    pytest.param(midi_raw(length=3), id='length 3 too long'),
-    pytest.param(midi_raw(length=-3), id='length 3 too short'),
-    pytest.param(midi_raw(length=-18), id='length without the second note'),
-    pytest.param(midi_raw(length=3, after=midi_chunk(b'\0\xff\x2f\0')), id='length into the next track'),
-    pytest.param(midi_raw(length=1 << 20), id='length of a megabyte'),
-    pytest.param(midi_raw(length=-22), id='length 0'),
-    pytest.param(midi_raw(end=b''), id='no end of track'), pytest.param(midi_raw(count=3), id='too few tracks'),
-    pytest.param(midi_raw(count=0), id='count 0'),
-    pytest.param(b'RIFF' + struct.pack('<I', 56) + b'RMIDdata' + struct.pack('<I', 44) + midi_raw(), id='RIFF'),
-])
+@pytest.mark.parametrize('content', [midi_raw(b'\0' + event) for event in EVENTS.values()] + list(FILES.values()),
+                         ids=list(EVENTS) + list(FILES))
 def test_midi_opens_what_every_player_opens(content):
     song = notation.read_midi(content)
     assert midi_rows(song) == [(60, 0, 1), (64, 1, 2)]
@@ -238,30 +224,32 @@ def test_midi_running_status_and_a_loud_note():
     assert midi_rows(notation.read_midi(loud)) == [(60, 0, 1), (64, 1, 2)]
 
 
-def test_midi_outside_the_piano_is_counted():
+def test_midi_outside_the_piano_and_silence_at_the_end_are_told():
     song = notation.read_midi(midi_bytes('on20 off20+96 on21 off21+96 on108 off108+96 on109 off109+96 on127', ticks=96))
     assert midi_rows(song) == [(21, 1, 2), (108, 2, 3)] and song.dropped == 3
+    assert notation.read_midi(midi_bytes('on60 off60+480 pedal0+960')).silence == 2
 
 
 def test_midi_first_tempo_key_and_metre():
-    tempo = functools.partial(mido.MetaMessage, 'set_tempo')
-    key = functools.partial(mido.MetaMessage, 'key_signature')
-    metre = functools.partial(mido.MetaMessage, 'time_signature')
+    def meta(kind, **fields):
+        return mido.MetaMessage(kind, **fields)
+
     song = notation.read_midi(midi_bytes(
-        [tempo(tempo=400_000, time=960), key(key='C', time=960)],
-        [tempo(tempo=750_000, time=240), key(key='F#m', time=480), *midi_track('on60 off60+9')],
-        [metre(numerator=6, denominator=8), metre(numerator=3, denominator=4, time=960)]))
+        [meta('set_tempo', tempo=400_000, time=960), meta('key_signature', key='C', time=960)],
+        [meta('set_tempo', tempo=750_000, time=240), meta('key_signature', key='F#m', time=480),
+         *midi_track('on60 off60+9')],
+        [meta('time_signature', numerator=6, denominator=8), meta('time_signature', numerator=3, time=960)]))
     assert song.tempo == 80 and song.sharps == 3 and song.minor and song.metre == '6/8' and song.pickup is None
-    late = notation.read_midi(midi_bytes([*midi_track('on60 off60+480'), tempo(tempo=250_000)]))
+    late = notation.read_midi(midi_bytes([*midi_track('on60 off60+480'), meta('set_tempo', tempo=250_000)]))
     assert late.tempo == 120 and late.sharps is None and late.metre is None
 
 
 def test_midi_refused(tmp_path):
     good = midi_bytes('on60 off60+480')
-    wrong = dict(type_2=good[:9] + b'\2' + good[10:],
-                 smpte=good[:12] + struct.pack('>h', -25 << 8) + good[14:], empty=b'',
-                 cut=good[:-7], text=b'no music', endless_delta=good[:22] + b'\xff' * 100_000, head=good[:14],
-                 huge=b'MThd' + bytes(5 << 20), no_ticks=good[:12] + b'\0\0' + good[14:], cut_head=good[:9])
+    wrong = dict(type_2=good[:9] + b'\2' + good[10:], smpte=good[:12] + struct.pack('>h', -25 << 8) + good[14:],
+                 empty=b'', cut=good[:-7], text=b'no music', endless=good[:22] + b'\xff' * 100_000, head=good[:14],
+                 huge=b'MThd' + bytes(5 << 20), no_ticks=good[:12] + b'\0\0' + good[14:], cut_head=good[:9],
+                 no_status=good[:22] + b'\0' * 9)
     for name, content in wrong.items():
         path = tmp_path / f'{name}.mid'
         path.write_bytes(content)
@@ -270,10 +258,8 @@ def test_midi_refused(tmp_path):
         assert '\n' not in str(e.value)
         with pytest.raises(notation.UserError, match='member'):
             notation.read_midi(io.BytesIO(content), 'member')
-    said = dict(endless_delta='endless delta', type_2='type 2', smpte='SMPTE', nowhere='nowhere.mid')
-    for name, what in said.items():
-        with pytest.raises(notation.UserError, match=what):
-            notation.read_midi(tmp_path / f'{name}.mid')
+    with pytest.raises(notation.UserError, match='nowhere.mid'):
+        notation.read_midi(tmp_path / 'nowhere.mid')
 
 
 def test_midi_hostile_files_cost_seconds_at_most():
@@ -343,11 +329,11 @@ def test_keys_estimate_and_shift():
     shifts = {0: 0, 1: 5, 2: -2, 3: 3, 4: -4, 5: 1, 6: -6, -1: -5, -2: 2, -3: -3, -4: 4, -5: -1, -6: -6, 7: -1, -7: 1}
     for sharps, shift in shifts.items():
         assert notation.common_key_shift(notation.Song('', notes, sharps=sharps)) == shift
-    song = functools.partial(notation.Song, '')
-    assert notation.common_key_shift(song(np.array([[85.0, 0, 1]]), sharps=1)) == -7  # 5 would leave the keyboard
-    assert notation.common_key_shift(song(np.array([[1.0, 0, 1]]), sharps=2)) == 10
-    assert notation.common_key_shift(song(np.array([[1.0, 0, 1], [86, 0, 1]]), sharps=2)) == 0
-    assert notation.common_key_shift(song(minor)) == 0
+    # at the ends of the keyboard: an octave off, or not at all
+    for keys, sharps, shift in (([85], 1, -7), ([1], 2, 10), ([1, 86], 2, 0)):
+        notes = np.array([[key, 0, 1] for key in keys], dtype=float)
+        assert notation.common_key_shift(notation.Song('', notes, sharps=sharps)) == shift
+    assert notation.common_key_shift(notation.Song('', minor)) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,13 +383,6 @@ def test_metre_without_notes_and_of_bars_that_are_known():
     assert notation.metre([[40, 0, 1], [42, 1e12, 2e12]])[0] in (2, 3, 4, 4.5)
 
 
-def test_metre_bars_may_be_cut_short_at_the_end_of_a_part():
-    first = metre_tune('4/4', 1)
-    second = first[first[:, 1] >= 1] + [0, first[:, 2].max() - 2, first[:, 2].max() - 2]
-    first[first[:, 2] > first[:, 2].max() - 1, 2] -= 1
-    assert notation.metre(np.concatenate((first, second))) == (4, 1)
-
-
 @pytest.mark.skipif(not (SHARED / 'metre.csv').exists(), reason='needs the metres of the Nottingham tunes')
 def test_metre_of_nottingham_valid_tunes():
     right = []
@@ -414,7 +393,7 @@ def test_metre_of_nottingham_valid_tunes():
                 true_bar = float(row['beats_a_bar'])
                 off = (pickup - float(row['pickup_beats'])) % min(bar, true_bar)
                 right.append(off == 0 and (bar == true_bar or (bar, true_bar) == (2, 4)))
-    assert np.mean(right) >= 0.95
+    assert np.mean(right) >= 0.97
 
 
 def test_melody_is_the_highest_at_its_onset():
@@ -466,14 +445,12 @@ def abc_letters(body, head='M:4/4\nL:1/4\nK:C'):
     ('C2 C/ C/2 C// C/4 C3/2 C3/ C4/', 'C4:2 C4:0.5 C4:0.5 C4:0.25 C4:0.25 C4:1.5 C4:1.5 C4:2'),
     ('^F F f | F _B =B B ^^C __D', '^F4:1 ^F4:1 ^F5:1 F4:1 ^A4:1 B4:1 B4:1 D4:1 C4:1'),
     ('C z C z/ C x2 C | Z | D Z2 E', 'C4:1 z1 C4:1 z0.5 C4:1 z2 C4:1 z4 D4:1 z8 E4:1'),
-    ('C-C D-|D2 E-F C3-\nC .-', 'C4:2 D4:3 E4:1 F4:1 C4:4'),
-    ('^F-|F F', '^F4:2 F4:1'),
+    ('C-C D-|D2 E-F C3-\nC .-', 'C4:2 D4:3 E4:1 F4:1 C4:4'), ('^F-|F F', '^F4:2 F4:1'),
     ('C>D C<D C>>D C<<D C>>>D', 'C4:1.5 D4:0.5 C4:0.5 D4:1.5 C4:1.75 D4:0.25 C4:0.25 D4:1.75 C4:1.88 D4:0.125'),
     ('C > D', 'C4:1.5 D4:0.5'),
     ('(3CDE (2FG (4CDEF A', 'C4:0.667 D4:0.667 E4:0.667 F4:1.5 G4:1.5 C4:0.75 D4:0.75 E4:0.75 F4:0.75 A4:1'),
     ('(5:4CDEFG (3::2C2D E (3:2:4 C/D/EF G', 'C4:0.8 D4:0.8 E4:0.8 F4:0.8 G4:0.8 C4:1.33 D4:0.667 E4:1 '
-     'C4:0.333 D4:0.333 E4:0.667 F4:0.667 G4:1'),
-    ('{fg}A {/d}(B .c) ~d !trill!e +turn+f Tg vA uB y4 c`d $',
+     'C4:0.333 D4:0.333 E4:0.667 F4:0.667 G4:1'), ('{fg}A {/d}(B .c) ~d !trill!e +turn+f Tg vA uB y4 c`d $',
      'A4:1 B4:1 C5:1 D5:1 E5:1 F5:1 G5:1 A4:1 B4:1 C5:1 D5:1'),
     ('C \\\nD % E\n% F G\n%%MIDI program 1\nw:la la\nE|', 'C4:1 D4:1 E4:1'),
     ('C [K:D] F [L:1/8] F2 [M:3/4] Z C\nK:F\nB2\nL:1/4\nB', 'C4:1 ^F4:1 ^F4:1 z3 ^C4:0.5 ^A4:1 ^A4:1'),
@@ -483,8 +460,7 @@ def abc_letters(body, head='M:4/4\nL:1/4\nK:C'):
     ('U:k=!slide!\nvkC JD UE VF | Hc ! G A | !\nB [I:x 1] [r:word] ?*@;#c',
      'C4:1 D4:1 E4:1 F4:1 C5:1 G4:1 A4:1 B4:1 C5:1'),
     ('I:linebreak $\nC [K:bass] C, [K:clef=alto] C [K:D treble] F', 'C4:1 C3:1 C4:1 ^F4:1'),
-    ('c [K:treble-8] c [K:C clef=bass+8] c [K:+8va] c [K:octave=-2] c [K:C octave=0 transpose=2] c',
-     'C5:1 C4:1 C6:1 C6:1 C3:1 D5:1'),
+    ('c [K:treble-8] c [K:C clef=bass+8] c [K:+8va] c', 'C5:1 C4:1 C6:1 C6:1'),
     ('V:1 clef=treble-8 nm="Fiddle"\nV:1\nC2 D2|', 'C3:2 D3:2'),
 ])
 def test_abc_melody(body, melody):
@@ -496,7 +472,7 @@ def test_abc_melody(body, melody):
     ('|:C::D:|', 'CCDD'), ('|:C:|:D:|', 'CCDD'), ('|:C:||:D:|E', 'CCDDE'), ('C:|D:|', 'CCDD'), ('|::C::|D', 'CCCD'),
     ('|:C|1D:|2E|]F', 'CDCEF'), ('|:C[1D:|[2E:|F', 'CDCEF'), ('C|1D:|2E||F:|', 'CDCEFF'), ('|:C|1D:|2E||F:|', 'CDCEFF'),
     ('|:C|1D:|\n|2E||', 'CDCE'), ('|:C| 1 D:| 2 E|]', 'CDCE'),
-    ('|:C|[1,3D:|[2E:|[4F|]G', 'CDCECDCFG'), ('|:C|1-3D:|4E|]', 'CDCDCDCE'), ('|:C|1D:|2E|:F|1G:|2A|]', 'CDCEFGFA'),
+    ('|:C|[1,3D:|[2E:|[4F|]G', 'CDCECDCFG'), ('|:C|1,2,3D:|4E|]', 'CDCDCDCE'), ('|:C|1D:|2E|:F|1G:|2A|]', 'CDCEFGFA'),
     ('|:C|1D:|E', 'CDCE'), ('[|C.|D[|]', 'CD'), ('|:C||D|1E:|2F|]G', 'CDECDFG'), ('G|:C:|', 'GCC'),
     # bar lines side by side are one
     ('C|D[|]:|E', 'CDCDE'), ('C|D [|] :|E', 'CDCDE'), ('C|D |]\n:|E', 'CDCDE'), ('C|D|\n:|\n|:E:|', 'CDCDEE'),
@@ -504,28 +480,22 @@ def test_abc_melody(body, melody):
     # D.C. and its like: at the end of their bar, once, without repeats
     ('C D !fine! | E F !D.C.! |] G', 'CDEFCD'), ('C|!fine!D||E|"D.C. al Fine"F|]', 'CDEFCD'),
     ('|:C|1D:|2E|!D.C.!F|', 'CDCEFCEF'),
-    ('C|!segno!D|E|!D.S.!F|G', 'CDEFDEF'), ('C|D!coda!|E!D.C.!|!coda!F|G', 'CDECDFG'), ('"Fine"C', 'C'),
-    ('"Coda"C', 'C'), ('SC|OD', 'CD'),
-    # two voices in a bar
-    ('C2&E2|F', 'CEF'),
+    ('C|!segno!D|E|!D.S.!F|G', 'CDEFDEF'), ('"Fine"C', 'C'), ('"Coda"C', 'C'), ('SC|OD', 'CD'),
+    ('|:C|1D:|2E||F|"D.C."G:|', 'CDCEFGFGCEFG'), ('"S"C|1D:|2E||"D.S."F|]', 'CDCEFCEF'), ('C"D.C."D:|', 'CDCDCD'),
 ])
 def test_abc_repeats(body, letters):
     assert abc_letters(body) == letters
 
 
 @pytest.mark.parametrize('order, letters', [
-    ('AABB', 'CCDD'), ('(AB)2', 'CDCD'), ('A(AB)2A2', 'CCDCDCC'), ('((AB)2A)2', 'CDCDCCDCDC'), ('A.B', 'CD'),
-    ('ABC', 'CD'), ('', 'CD'), ('XY', 'CD'),
+    ('AABB', 'CCDD'), ('ABC', 'CD'), ('', 'CD'), ('XY', 'CD'), ('BAB', 'DCD'), ('(AB)2', 'CD'),
 ])
 def test_abc_orders_of_parts(order, letters):
     assert abc_letters('P:A\nC|\nP:B\nD|', f'P:{order}\nL:1/4\nK:C') == letters
     assert abc_letters('[P:A]|:C:|[P:B]D|', f'P:{order}\nL:1/4\nK:C') == letters.replace('C', 'CC')
-
-
-def test_abc_voices_sound_together(capsys):
-    song = abc_songs('V:1\nC2D2|\n[V:2]G,4|\nV:1\nE4|\nV:2 octave=-1\nG,4|', 'V:1 name="A"\nL:1/4\nK:C')[0]
-    assert abc_rows(song.notes) == [(55, 0, 4), (60, 0, 2), (62, 2, 4), (43, 4, 8), (64, 4, 8)]
-    assert abc_songs('V:1\nC4|\nV:2\nC2|') == [] and 'differ in length' in capsys.readouterr().err
+    # each part is in the key in which it is written
+    rows = abc_rows(abc_songs('P:A\nF::\nP:B\nK:D\nF|', 'P:ABA\nL:1/4\nK:C')[0].notes)
+    assert [note for note, *_ in rows] == [65, 65, 66, 65, 65]
 
 
 @pytest.mark.parametrize('key, sharps, fgabcde', [
@@ -548,10 +518,8 @@ def test_abc_keys(key, sharps, fgabcde):
 
 @pytest.mark.parametrize('head, beats, tempo', [
     ('M:4/4', .5, 120), ('M:C', .5, 120), ('M:C|', .5, 120), ('M:6/8', .5, 120), ('M:2/4', .25, 120),
-    ('M:none', .5, 120),
-    ('M:(2+3)/8', .25, 120), ('N:', .5, 120), ('L:1/16', .25, 120), ('M:2/4\nL:1/2', 2, 120), ('Q:1/4=96', .5, 96),
-    ('Q:"Fast" 3/8=100', .5, 150),
-    ('Q:1/8=100 "Slow"', .5, 50), ('Q:1/4 1/8=60', .5, 90), ('L:1/8\nQ:200', .5, 100), ('Q:"Lively"', .5, 120),
+    ('M:none', .5, 120), ('N:', .5, 120), ('L:1/16', .25, 120), ('M:2/4\nL:1/2', 2, 120), ('Q:1/4=96', .5, 96),
+    ('Q:"Fast" 3/8=100', .5, 150), ('Q:1/8=100 "Slow"', .5, 50), ('L:1/8\nQ:200', .5, 100), ('Q:"Lively"', .5, 120),
     ('Q:1/4=0', .5, 120),
     ('Q:1/4=92.5', .5, 92.5), ('Q: 1/4 = 77 "x"', .5, 77), ('Q:1/4=100-120', .5, 100), ('L:1/4\nQ:C=80', 1, 80),
 ])
@@ -569,11 +537,12 @@ def test_abc_tuplets_in_compound_time():
     ('M:4/4', 'CDEF|', '4/4', 0), ('M:C|', 'D|:CDEF:|', '2/2', 1), ('M:6/8', 'C/|C3', '6/8', .5),
     ('M:3/4', '|:CD|EFG|', '3/4', 2),
     ('M:4/4', 'CDEFGABc|', '4/4', 0), ('M:none', 'C|D', None, None), ('N:', 'C|D', None, None),
-    ('M:3/4', 'C', '3/4', 0), ('M:(2+3)/8', 'C|', '5/8', 1),
+    ('M:3/4', 'C', '3/4', 0), ('M:odd', 'C|', None, None),
 ])
 def test_abc_metre_and_pickup(head, body, metre, pickup):
     song = abc_songs(body, f'{head}\nL:1/4\nK:C')[0]
     assert (song.metre, song.pickup) == (metre, pickup)
+    assert song.silence == 0 and abc_songs(f'{body} z2 |')[0].silence == 2
 
 
 def test_abc_chords_and_chord_symbols():
@@ -581,7 +550,7 @@ def test_abc_chords_and_chord_symbols():
         (60, 0, 2), (64, 0, 2), (67, 0, 2), (60, 2, 2.5), (64, 2, 2.5), (60, 2.5, 5.5), (64, 2.5, 4.5), (65, 4.5, 5.5)]
     assert abc_rows(abc_songs('["Am"C!f!.E]')[0].notes) == [(60, 0, 1), (64, 0, 1)]
     # held to the next symbol, over bars and rests, struck again by the same symbol; N.C. and the end stop it
-    for stop in ('"N.C."', '"NC"', '"^N.C."', '"^"'):
+    for stop in ('"N.C."', '"NC"', '"^N.C."'):
         rows = abc_rows(abc_songs(f'c "G7"d2 z|"G"d z {stop}d "F#m/C#"c2|')[0].notes)
         assert [r for r in rows if r[0] < 66] == [(n, *t) for t in ((1, 4), (4, 6), (7, 9)) for n in
                                                   ((55, 59, 62) if t[0] < 7 else (54, 57, 61))]
@@ -606,16 +575,15 @@ def test_abc_chords_and_chord_symbols():
 
 
 @pytest.mark.parametrize('body, thing', [
-    ('m:~n=n\nC', 'm:'), ('C0', '0'), ('C1/0', '0'), ('[C0E]', '[C0E]'), ('[M:x]C', 'M:x'), ('L:x\nC', 'L:x'),
-    ('K:X\nC', 'K:X'), ('z4', 'no notes'),
-    ('^/C', '^'), ('[M:none]Z C', 'Z'), ('[CE', '['), ('"C', '"'), ('{C', '{'), ('K:C shift=CD\nC', 'shift'),
-    ('|:C[99D:|', '9 times'), ('C>>>>D', '>'),
+    ('C0', '0'), ('C1/0', '0'), ('[C0E]', '[C0E]'), ('L:x\nC', 'L:x'), ('K:X\nC', 'K:X'), ('z4', 'no notes'),
+    ('^/C', '^'), ('[CE', '['), ('"C', '"'), ('{C', '{'), ('|:C[99D:|', '9'), ('C>>>>D', '>'), ('C2&E2|F', '&'),
+    ('V:1\nC4|\nV:2\nE4|', 'several voices'),
 ])
 def test_abc_what_it_cannot_read_skips_the_tune(capsys, body, thing):
     skipped = []
     assert abc_songs(body, skipped=skipped) == [] and not capsys.readouterr().err
     assert len(skipped) == 1 and all(word in skipped[0] for word in ('x.abc', '"tune"', thing))
-    assert abc_songs(body) == [] and capsys.readouterr().err == skipped[0] + '\n'
+    assert abc_songs(body) == [] and capsys.readouterr().err == skipped[0] + ' (1 of 1 tunes were skipped)\n'
 
 
 def test_abc_files(tmp_path, capsys):
@@ -636,10 +604,10 @@ def test_abc_files(tmp_path, capsys):
         path.write_bytes(wrong)
         with pytest.raises(notation.UserError, match='a.abc'):
             notation.read_abc(path)
-    # many unreadable tunes: some lines, and a count of the rest
+    # many unreadable tunes: one line that counts them
     assert notation.read_abc(b'X:1\nK:C\n^/C\n\n' * 200 + b'X:1\nC\n') == []
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 6 and '196' in lines[-1]
+    assert len(lines) == 1 and '201 of 201' in lines[0]
 
 
 def test_abc_text_is_the_tune_itself():
@@ -685,15 +653,14 @@ def abc_music(notes, **more):
 
 def test_abc_header():
     text, _ = notation.write_abc(np.array([[39., 0, 1]]), 'Café\n% "x"', 90, 3, True, '6/8', 0)
-    assert text.startswith('X:1\nT:Cafe   "x"\nM:6/8\nL:1/8\nQ:3/8=60\nK:F#m\n')
+    assert text.startswith('X:1\nT:Cafe   "x"\nM:6/8\nL:1/8\nQ:1/4=90\nK:F#m\n')
     assert notation.write_abc(np.zeros((0, 3)))[0].endswith('K:C\nz2|]\n')
 
 
 @pytest.mark.parametrize('notes, more, music', [
     # lengths, ties over the bar line, rests, beams, octaves
     ([(60, 0, 1), (62, 1, 1.5), (64, 1.5, 2), (65, 2, 5), (72, 5.5, 5.75), (84, 5.75, 6),
-    (48, 6, 8)], {}, "C2DE F4-|F2zc/c'/ C,4|]"),
-    ([(60, 0, 2.5), (62, 2.5, 4)], {}, 'C4- CD3|]'),
+    (48, 6, 8)], {}, "C2DE F4-|F2zc/c'/ C,4|]"), ([(60, 0, 2.5), (62, 2.5, 4)], {}, 'C4- CD3|]'),
     ([(60, i, i + 1) for i in range(18)], dict(pickup=2), 'C2C2|C2C2 C2C2|C2C2 C2C2|C2C2 C2C2|C2C2 C2C2|]'),
     ([(60, i / 2, i / 2 + .5) for i in range(7)], dict(metre='6/8', pickup=.5), 'C|CCC CCC|]'),
     # accidentals by key and bar, naturals, and none of them doubtful in another octave
@@ -705,19 +672,19 @@ def test_abc_header():
     # triplets
     ([(60 + i, i / 3, (i + 1) / 3) for i in range(3)] + [(65, 1, 2)], dict(sharps=-5), '(3CD=DF2|]'),
     ([(60, 0, 2 / 3), (62, 2 / 3, 1)], {}, '(3:2:2C2D|]'), ([(60, 0, .5), (62, .5, 2 / 3), (62, 2 / 3, 5 / 6),
-    (62, 5 / 6, 1)], {}, 'C(3D/D/D/|]'),
-    ([(60, 0, 1 / 3), (62, 1 / 3, 2)], {}, '(3:2:2CD2-D2|]'),
+    (62, 5 / 6, 1)], {}, 'C(3D/D/D/|]'), ([(60, 0, 1 / 3), (62, 1 / 3, 2)], {}, '(3:2:2CD2-D2|]'),
     # several notes at once, with their own lengths
-    ([(60, 0, 2), (64, 0, 1), (65, 1, 2)], {}, '[C-E]2[CF]2|]'), ([(72, 0, 1), (76, 0, 1), (79, 0, 1)], {}, '[ceg]2|]'),
+    ([(60, 0, 2), (64, 0, 1), (65, 1, 2)], {}, '[C2-E2][C2F2]|]'),
+    ([(72, 0, 1), (76, 0, 1), (79, 0, 1)], {}, '[c2e2g2]|]'),
     # chords under the melody
     ([(48, 0, 2), (52, 0, 2), (55, 0, 2), (72, 0, 4), (50, 2, 4), (53, 2, 4), (57, 2, 4),
     (60, 2, 4)], {}, '"C"c4- "Dm7"c4|]'),
     ([(54, 0, 4), (57, 0, 4), (60, 0, 4), (74, 1, 4), (58, 4, 8), (62, 4, 8), (65, 4, 8),
     (77, 4, 6)], {}, '"F#dim"z2d6|"Bb"f4 z4|]'),
-    # where they fall silent: told at the end and when it lasts, else marked by an empty text where the melody moves
+    # where they fall silent for a beat or more it is told
     ([(48, 0, 2), (52, 0, 2), (55, 0, 2), (72, 0, 4)], {}, '"C"c4- "^N.C."c4|]'),
     ([(48, 0, 1), (52, 0, 1), (55, 0, 1), (72, 0, 2), (74, 2, 3), (43, 3, 4), (47, 3, 4), (50, 3, 4),
-    (72, 3, 4)], {}, '"C"c4 "^"d2"G"c2|]'),
+    (72, 3, 4)], {}, '"C"c2-"^N.C."c2 d2"G"c2|]'),
 ])
 def test_abc_music(notes, more, music):
     assert abc_music(notes, **more) == (music, 0)
@@ -730,7 +697,7 @@ def test_abc_music(notes, more, music):
 def test_abc_bass_below_chords_is_left_out_and_counted():
     chord = [(48, 1, 2), (52, 1, 2), (55, 1, 2)]
     assert abc_music([(36, 0, 1), (72, 0, 1), *chord, (72, 1, 2)]) == ('c2"C"c2|]', 1)
-    assert abc_music([(36, 0, 1), (72, 0, 1)]) == ('[C,,c]2|]', 0)
+    assert abc_music([(36, 0, 1), (72, 0, 1)]) == ('[C,,2c2]|]', 0)
 
 
 def test_abc_round_trip_is_stable():

@@ -99,8 +99,7 @@ def parse_args(words=None):
 
 
 def complete(args, device, world):
-    """Fills in the defaults that depend on the device and on each other. Raises UserError for options that do not
-    fit."""
+    """Fills in the defaults that depend on the device. Raises UserError for options that do not fit each other."""
     gpu = device.type == 'cuda'
     if not args.max_minutes and not args.max_iters:
         raise UserError('--max_minutes=0 and --max_iters=0 would train for ever: give one of them')
@@ -118,8 +117,7 @@ def complete(args, device, world):
 
 
 def has_bfloat16(device):
-    """Does the processor multiply in bfloat16? GPUs do since Ampere, and CPUs that say so (AVX512-BF16, AMX, Arm's
-    BF16)."""
+    """Does the processor multiply in bfloat16? GPUs since Ampere do, and CPUs that say so (AVX512-BF16, AMX, Arm)."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = Path('/proc/cpuinfo')
@@ -164,8 +162,8 @@ class Muon(torch.optim.Optimizer):
 
         M <- mu M + (1 - mu) G,     W <- (1 - lr * weight_decay) W - lr * sqrt(max(1, rows / columns)) * orthogonal(M')
 
-    with Nesterov's M' = mu M + (1 - mu) G. All matrices of a shape go through the products at once, in the type
-    `dtype`. """
+    with Nesterov's M' = mu M + (1 - mu) G. All matrices of a shape go through the products at once, in `dtype`.
+    """
 
     def __init__(self, matrices, lr, weight_decay, dtype, momentum=0.95):
         shapes = sorted({p.shape for p in matrices})
@@ -250,9 +248,8 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model, dataset, split, most=math.inf, batch_size=16):
-    """The Score of a model on a split, each song read from its own start with fresh state; nan where nothing is
-    counted. most: of more frames than this, a sample of the songs is read, of all lengths. Processes share the
-    songs."""
+    """The Score of a model on a split, each song read from its own start; nan where nothing is counted. Of more frames
+    than `most` a sample of the songs is read, of all lengths. Processes share the songs."""
     rank, world = ranks()
     training = model.training
     model.eval()
@@ -311,8 +308,7 @@ def validation_frames(args):
 
 def is_due(run, args):
     """Is it time to validate? At the start and the end, and after every --eval_interval steps or twentieth of the run.
-    A frame of validation takes about half the time of one of training, so six steps' frames are the share of 60
-    steps."""
+    A frame of validation takes about half the time of one of training: six steps' frames are 5 % of 60 steps."""
     done = progress(run, args)
     if done in (0, 1):
         return True
@@ -333,8 +329,7 @@ def save_rows(path, rows):
 
 
 def say(line, passing=False):
-    """Prints a line, the first process does. A passing one is overwritten by the next on a terminal; a log keeps them
-    all."""
+    """Prints a line, once for all processes. On a terminal a passing one is overwritten by the next."""
     if ranks()[0] == 0:
         terminal = sys.stdout.isatty()
         print('\r\033[K' * terminal + line, end='' if passing and terminal else '\n', flush=True)
@@ -479,7 +474,8 @@ def validate(setup, run, done):
     if run.step:
         save_last(setup, run)       # before validating: a run that goes on from here validates first of all
     began = time.perf_counter()
-    valid = evaluate(setup.model, setup.dataset, 'valid', validation_frames(setup.args)).frame
+    with mixed_precision(setup):
+        valid = evaluate(setup.model, setup.dataset, 'valid', validation_frames(setup.args)).frame
     run.validating += time.perf_counter() - began
     run.validated = int(done * VALIDATIONS)
     run.rows.append(dict(iter=run.step, minutes=round(run.seconds / 60, 3), valid=round(valid, 5)))
@@ -494,6 +490,12 @@ def validate(setup, run, done):
         save_rows(setup.table, run.rows)
 
 
+def mixed_precision(setup):
+    """Where this is on, matrix products are in --dtype."""
+    dtype = getattr(torch, setup.args.dtype)
+    return torch.autocast(setup.device.type, dtype, enabled=dtype != torch.float32)
+
+
 def catch_signals():
     """A list into which SIGINT and SIGTERM go: the step is finished and the run saved before they are obeyed."""
     caught = []
@@ -503,8 +505,7 @@ def catch_signals():
 
 
 def train(args, saved=None):
-    """Trains as the options say; saved: the content of a <arch>.last.pt to go on from. Returns the signal that stopped
-    it, or 0."""
+    """Trains as the options say, anew or from a saved <arch>.last.pt. Returns the signal that stopped it, or 0."""
     rank, world = ranks()
     setup = set_up(args)
     _, device, dataset, model, optimizers, *_ = setup
@@ -515,7 +516,6 @@ def train(args, saved=None):
     describe(setup)
     run = restore(saved, setup) if saved else Run()
     saved = None
-    mixed = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != 'float32')
     loss_of = torch.compile(model.loss) if args.compile else model.loss
     signals = catch_signals()
     begin = time.perf_counter() - run.seconds
@@ -545,7 +545,7 @@ def train(args, saved=None):
         pieces = [part[rank::world].to(device).chunk(args.gradient_accumulation_steps) for part in windows]
         loss = 0.0
         for piece in zip(*pieces):
-            with mixed:
+            with mixed_precision(setup):
                 nats = loss_of(*piece) / args.gradient_accumulation_steps
             nats.backward()
             loss += nats.detach()
