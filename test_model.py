@@ -2604,7 +2604,8 @@ def test_sample_continues_a_prompt(trained, book, tmp_path, options, beats):
     new = song.notes[song.notes[:, 1] >= beats - 1e-6] - [0, beats, beats]
     np.testing.assert_allclose(alone.notes, new, atol=1e-6)
     bar, pickup = notation.metre(new)
-    assert alone.metre == notation.metre_text(new, bar, pickup) and alone.pickup == pytest.approx(pickup)
+    assert alone.metre == notation.metre_text(new, bar, pickup)
+    assert (alone.pickup or 0) == pytest.approx(pickup)         # a file does not tell a pickup of nothing
 
 
 def test_sample_continues_abc(trained, tmp_path):
