@@ -639,8 +639,11 @@ def read_tune(title, tune, defaults):
 def spell_parts(page, order, body):
     """Music to events; its parts, each begun by a field P:, in an order such as AABB, if there is one."""
     first, *parts = re.split(r'\[P:([^\]\n]*)\]', body)
-    if not re.fullmatch('[A-Z]+', order) or not set(order) & set(parts[::2]):
+    if not set(order) & set(parts[::2]):
         return page.spell(body)
+    order = re.sub(r'([A-Z])([1-9])', lambda m: m[1] * int(m[2]), re.sub(r'[\s.]', '', order))
+    if not re.fullmatch('[A-Z]+', order):
+        raise UserError(f'cannot follow the order of parts P:{order[:40]}')
     events = page.spell(first)
     spelt = {label: page.spell(music) for label, music in zip(parts[::2], parts[1::2])}
     for label in order[:100]:

@@ -488,7 +488,7 @@ def test_abc_repeats(body, letters):
 
 
 @pytest.mark.parametrize('order, letters', [
-    ('AABB', 'CCDD'), ('ABC', 'CD'), ('', 'CD'), ('XY', 'CD'), ('BAB', 'DCD'), ('(AB)2', 'CD'),
+    ('AABB', 'CCDD'), ('ABC', 'CD'), ('', 'CD'), ('XY', 'CD'), ('BAB', 'DCD'), ('A2.B', 'CCD'),
 ])
 def test_abc_orders_of_parts(order, letters):
     assert abc_letters('P:A\nC|\nP:B\nD|', f'P:{order}\nL:1/4\nK:C') == letters
@@ -496,6 +496,11 @@ def test_abc_orders_of_parts(order, letters):
     # each part is in the key in which it is written
     rows = abc_rows(abc_songs('P:A\nF::\nP:B\nK:D\nF|', 'P:ABA\nL:1/4\nK:C')[0].notes)
     assert [note for note, *_ in rows] == [65, 65, 66, 65, 65]
+
+
+def test_abc_nested_orders_of_parts_are_skipped(capsys):
+    assert abc_songs('P:A\nC|\nP:B\nD|', 'P:(AB)2\nL:1/4\nK:C') == []
+    assert 'P:(AB)2' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('key, sharps, fgabcde', [
