@@ -61,8 +61,6 @@ HERE = Path(__file__).resolve().parent
 # ---------------------------------------------------------------------------------------------------------------------
 # notation.py: files, MIDI, keys, metre
 
-SHARED = Path(__file__).resolve().parent.parent / 'shared'
-
 
 def midi_track(text):
     """MIDI messages from words: on60 off60+480 (480 ticks later) on60:0 (velocity 0) on60/9 (channel 9) pedal127."""
@@ -383,17 +381,14 @@ def test_metre_without_notes_and_of_bars_that_are_known():
     assert notation.metre([[40, 0, 1], [42, 1e12, 2e12]])[0] in (2, 3, 4, 4.5)
 
 
-@pytest.mark.skipif(not (SHARED / 'metre.csv').exists(), reason='needs the metres of the Nottingham tunes')
-def test_metre_of_nottingham_valid_tunes():
+def test_metre_of_the_bundled_tunes():
     right = []
-    with zipfile.ZipFile(SHARED / 'nottingham.zip') as files, open(SHARED / 'metre.csv') as truth:
-        for row in csv.DictReader(truth):
-            if row['file'].startswith('valid'):
-                bar, pickup = notation.metre(notation.read_midi(files.read('Nottingham/' + row['file'])).notes)
-                true_bar = float(row['beats_a_bar'])
-                off = (pickup - float(row['pickup_beats'])) % min(bar, true_bar)
-                right.append(off == 0 and (bar == true_bar or (bar, true_bar) == (2, 4)))
-    assert np.mean(right) >= 0.97
+    for song in notation.read_abc(HERE / 'tunes.abc'):
+        bar, pickup = notation.metre(song.notes)
+        told = notation.bar_beats(song.metre)
+        off = (pickup - song.pickup) % min(bar, told)
+        right.append(off == 0 and (bar == told or {bar, told} == {2, 4}))
+    assert len(right) == 128 and np.mean(right) >= 0.95
 
 
 def test_melody_is_the_highest_at_its_onset():
