@@ -3482,7 +3482,8 @@ def test_render_colours_are_readable_on_both_pages():
 
 def test_render_terminal_roll():
     notes = [[39, 0, 1], [39, 1, 2], [44, 0.5, 0.75]]
-    assert render.terminal_roll(notes).split('\n') == ['F4     ■', 'C4   ■───■───', 'beats 1 to 2 of 2']
+    rows = render.terminal_roll(notes).split('\n')
+    assert rows == ['F4     ■', 'C4   ■───■───', 'beats 1 to 2 of 2']
     assert render.terminal_roll([]) == 'beats 1 to 0 of 0'
     long = render.terminal_roll([[k % 88, k / 3, k / 3 + 5] for k in range(300)], width=40).split('\n')
     assert max(map(len, long)) <= 40 and long[-1] == 'beats 1 to 8 of 105'
@@ -3566,7 +3567,8 @@ def test_compare_features_of_a_small_tune():
         # C E C over C, B and G G over G, C over C; not D, not F#. The second G stands over C
         'melody on chord': 6 / 9, 'last on tonic': 1, 'pitch entropy': -(shares * np.log2(shares)).sum(),
         'interval size': (2 + 2 + 4 + 1 + 7 + 1 + 0 + 5) / 8, 'leaps': 2 / 8, 'repeated notes': 1 / 8,
-        'melody range': 13, 'note length': 8 / 9, 'melody notes a beat': 9 / 8, 'on beat': 7 / 9, 'off half beat': 1 / 9,
+        'melody range': 13, 'note length': 8 / 9, 'melody notes a beat': 9 / 8, 'on beat': 7 / 9,
+        'off half beat': 1 / 9,
         'chord changes a beat': 2 / 8, 'chords below': 1, 'polyphony': (8 + 12 + 4 + 2) / 8, 'repeats': 0, 'circles': 0,
         'beats': 8, 'ended': 1, 'copied': 0}
     assert found == pytest.approx({'whole bars': found['whole bars']} | wanted)
