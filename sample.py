@@ -84,7 +84,6 @@ def output_names(args):
 
 class Tune(NamedTuple):
     """A composed tune, and what it is judged by."""
-    frames: np.ndarray      # (T, V) without the prompt
     song: Song              # with the prompt
     nats: float             # nats a frame of the part that was composed
     ended: bool             # by the model itself
@@ -105,13 +104,12 @@ def compose(model, representation, opening, args, count, generator):
             continue
         # the model's own opinion of it, from the first frame after the prompt
         nats = model.nats(torch.cat((prompt, tune)).unsqueeze(0))[:, len(prompt) - 1:].double().mean().item()
-        frames = tune.cpu().numpy()
         try:
-            song = representation.to_song(np.concatenate((opening, frames)))
+            song = representation.to_song(np.concatenate((opening, tune.cpu().numpy())))
         except UserError:
             continue
         if len(song.notes):
-            tunes.append(Tune(frames, with_key_and_metre(song), nats, len(tune) < length))
+            tunes.append(Tune(with_key_and_metre(song), nats, len(tune) < length))
     return tunes, sum(map(len, composed))
 
 
@@ -201,7 +199,8 @@ def write(song, name, tempo, prompt_beats):
 def training_book(meta, representation):
     """The training songs of a checkpoint, for data.longest_copy; None if they are gone."""
     try:
-        songs = data.load(meta['data'], representation, log=lambda line: None).songs['train']
+        # for their notes alone, so as the frames that are made fastest
+        songs = data.load(meta['data'], log=lambda line: None).songs['train']
     except UserError:
         return None
     return data.copy_book([data.intervals(song.notes, representation.steps_per_beat) for song in songs])

@@ -256,7 +256,7 @@ def evaluate(model, dataset, split, most=math.inf, batch_size=16):
     device = next(model.parameters()).device
     every = math.ceil(dataset.lengths(split).sum() / most)
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    for x, lengths, beats in islice(dataset.whole_songs(split, batch_size, max(1, every)), rank, None, world):
+    for x, lengths, beats in islice(dataset.whole_songs(split, batch_size, every), rank, None, world):
         x, lengths = x.to(device), lengths.to(device).unsqueeze(1)
         nats = model.nats(x).double()                               # of frame 1, .., frame T and the boundary
         t = torch.arange(1, x.shape[1], device=device)
