@@ -29,140 +29,102 @@ GRID = 4
 TRAINING = 200
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A tune and its features. Key and metre are guessed from the notes, of real songs too, so that all are measured alike
+# The features of a tune. Notes are (N, 3) as in notation.py, steps (S,) a number for what is struck and held in each
 
-class Tune(NamedTuple):
-    """What the features ask of a tune; notes are (N, 3) as in notation.py."""
-    notes: np.ndarray
-    melody: np.ndarray
-    chords: np.ndarray
-    # (N,) semitones above the tonic, that of the major key of the signature
-    degrees: np.ndarray
-    # of the last note of the melody
-    last: int
-    # semitones from each note of the melody to the next, up or down
-    intervals: np.ndarray
-    # beats at which something is struck
-    onsets: np.ndarray
-    # (steps,) a number for what is struck and held in each step of the grid
-    steps: np.ndarray
-    # its length
-    beats: float
-    # by the model itself
-    ended: bool
-    # beats in the longest stretch that stands in a training song, too, in whatever key
-    copied: float
+def features(notes, book, ended=True):
+    """{feature: number} of a tune, nan where it has none of what is measured. Lengths are in beats, intervals in
+    semitones. Key and metre are guessed from the notes, of real songs too, so that all are measured alike.
 
-
-def study(notes, book, ended=True):
-    """The Tune of notes (N, 3), N >= 1; book: data.copy_book of training songs."""
+    book: data.copy_book of training songs; ended: did the model itself end it?"""
     copied = data.longest_copy(data.intervals(notes, GRID), book) / GRID
     # to twelfths of a beat, since players let go of a note a little early
     notes = data.quantise(notes, 12) / [1, 12, 12]
-    melody = notation.is_melody(notes)
+    is_melody = notation.is_melody(notes)
+    melody = notes[is_melody]
+    chords = notes[~is_melody]
     sharps, _ = notation.estimate_key(notes)
+    # above the tonic of the major key with this signature
     degrees = (notes[:, 0] + notation.LOWEST - notation.tonic(sharps)) % 12
-    intervals = np.abs(np.diff(notes[melody, 0]))
+    _, count = np.unique(degrees, return_counts=True)
+    share = count / len(degrees)
+    leaps = np.abs(np.diff(melody[:, 0]))
     onsets = np.unique(notes[:, 1])
-    frames = data.PianoRoll(GRID).encode(Song('', notes)).astype(np.int64)
+    roll = data.PianoRoll(GRID)
     # a sum of random numbers, one for each unit
-    steps = frames @ np.random.default_rng(0).integers(1 << 50, size=frames.shape[1])
-    return Tune(notes, notes[melody], notes[~melody], degrees, degrees[melody][-1], intervals, onsets, steps,
-                notes[:, 2].max(), ended, copied)
+    steps = roll.encode(Song('', notes)) @ np.random.default_rng(0).integers(1 << 50, size=roll.V)
+    below = roll.encode(Song('', chords)).any(1)
+    beats = notes[:, 2].max()
+    bar, pickup = notation.metre(notes)
+    after_bar_line = (beats - pickup + 0.01) % bar
+    return {
+        'notes in scale': mean(np.isin(degrees, (0, 2, 4, 5, 7, 9, 11))),
+        'melody on chord': on_chord(melody, chords),
+        # major or minor
+        'last on tonic': degrees[is_melody][-1] in (0, 9),
+        'pitch entropy': -(share @ np.log2(share)),
+        'interval size': mean(leaps),
+        # larger than a third
+        'leaps': mean(leaps > 4),
+        'repeated notes': mean(leaps == 0),
+        'melody range': np.ptp(melody[:, 0]),
+        'note length': mean(melody[:, 2] - melody[:, 1]),
+        'melody notes a beat': len(melody) / beats,
+        'on beat': mean(np.isclose(onsets % 1, 0)),
+        # sixteenths and triplets
+        'off half beat': 1 - mean(np.isclose(onsets % 0.5, 0)),
+        'chord changes a beat': chord_changes(chords) / beats,
+        'chords below': below.sum() / len(steps),
+        # keys that sound at a time
+        'polyphony': (notes[:, 2] - notes[:, 1]).sum() / beats,
+        'repeats': repeats(steps),
+        'circles': circles(steps),
+        'beats': beats,
+        'whole bars': after_bar_line < 0.02,
+        'ended': ended,
+        'copied': copied,
+    }
 
 
 def mean(values):
     """The mean, nan of nothing."""
-    return float(np.mean(values)) if len(values) else math.nan
+    return np.mean(values) if len(values) else math.nan
 
 
-def melody_on_chord(tune):
+def on_chord(melody, chords):
     """Share of the melody notes over a chord that belong to it."""
-    at = tune.melody[:, 1:2]
-    sounding = (tune.chords[:, 1] <= at) & (at < tune.chords[:, 2])
-    same = (tune.melody[:, :1] - tune.chords[:, 0]) % 12 == 0
+    at = melody[:, 1:2]
+    sounding = (chords[:, 1] <= at) & (at < chords[:, 2])
+    same = (melody[:, :1] - chords[:, 0]) % 12 == 0
     return mean((sounding & same).any(1)[sounding.any(1)])
 
 
-def pitch_entropy(tune):
-    """Entropy of the pitch-class histogram, in bits."""
-    _, count = np.unique(tune.degrees, return_counts=True)
-    share = count / count.sum()
-    return -(share @ np.log2(share))
-
-
-def chord_changes(tune):
+def chord_changes(chords):
     """How often other keys are struck under the melody than before."""
-    keys, onset, _ = tune.chords.T
+    keys, onset, _ = chords.T
     struck = [set(keys[onset == time]) for time in np.unique(onset)]
     return sum(a != b for a, b in zip(struck, struck[1:]))
 
 
-def chords_below(tune):
-    """Share of the steps with something under the melody."""
-    sounding = np.zeros(len(tune.steps))
-    for _, onset, end in np.round(tune.chords * GRID).astype(int):
-        sounding[onset:end] = 1
-    return mean(sounding)
-
-
-def repeats(tune):
+def repeats(steps):
     """Share of the steps in stretches of 8 beats that stood there before, note for note."""
-    again = np.zeros(len(tune.steps))
+    again = np.zeros(len(steps))
     seen = set()
-    for end in range(8 * GRID, len(again) + 1):
-        stretch = tune.steps[end - 8 * GRID:end]
-        if tuple(stretch) in seen:
+    for end in range(8 * GRID, len(steps) + 1):
+        stretch = steps[end - 8 * GRID:end].tobytes()
+        if stretch in seen:
             again[end - 8 * GRID:end] = 1
-        seen.add(tuple(stretch))
+        seen.add(stretch)
     return mean(again)
 
 
-def circles(tune):
+def circles(steps):
     """1 if something of eight beats or less comes three times in a row or more, for twelve beats or more, else 0."""
-    for lag in range(1, min(8 * GRID, len(tune.steps) - 1) + 1):
-        same = tune.steps[lag:] == tune.steps[:-lag]
+    for lag in range(1, min(8 * GRID, len(steps) - 1) + 1):
+        same = steps[lag:] == steps[:-lag]
         needed = max(2 * lag, 12 * GRID - lag)
         if np.convolve(same, np.ones(needed)).max() > needed - 0.5:
             return 1
     return 0
-
-
-def whole_bars(tune):
-    """1 if it ends on a bar line, else 0."""
-    bar, pickup = notation.metre(tune.notes)
-    bars = (tune.beats - pickup) / bar
-    return abs(bars - round(bars)) < 0.003
-
-
-# A number for each tune, nan where it has none of what is measured. Lengths are in beats, intervals in semitones
-FEATURES = {
-    'notes in scale': lambda tune: mean(np.isin(tune.degrees, (0, 2, 4, 5, 7, 9, 11))),
-    'melody on chord': melody_on_chord,
-    # major or minor
-    'last on tonic': lambda tune: tune.last in (0, 9),
-    'pitch entropy': pitch_entropy,
-    'interval size': lambda tune: mean(tune.intervals),
-    # larger than a third
-    'leaps': lambda tune: mean(tune.intervals > 4),
-    'repeated notes': lambda tune: mean(tune.intervals == 0),
-    'melody range': lambda tune: np.ptp(tune.melody[:, 0]),
-    'note length': lambda tune: mean(np.diff(tune.melody[:, 1:])),
-    'melody notes a beat': lambda tune: len(tune.melody) / tune.beats,
-    'on beat': lambda tune: mean(np.isclose(tune.onsets % 1, 0)),
-    # sixteenths and triplets
-    'off half beat': lambda tune: 1 - mean(np.isclose(tune.onsets % 0.5, 0)),
-    'chord changes a beat': lambda tune: chord_changes(tune) / tune.beats,
-    'chords below': chords_below,
-    # keys that sound at a time
-    'polyphony': lambda tune: np.diff(tune.notes[:, 1:]).sum() / tune.beats,
-    'repeats': repeats,
-    'circles': circles,
-    'beats': lambda tune: tune.beats,
-    'whole bars': whole_bars,
-    'ended': lambda tune: tune.ended,
-    'copied': lambda tune: tune.copied,
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,101 +133,93 @@ FEATURES = {
 class Column(NamedTuple):
     """A column of the table: tunes of one origin."""
     name: str
-    # {feature: (tunes,)}, without those that have none of what is measured
-    values: dict
-    # {feature: distance to the real songs}; empty for the real songs themselves
-    distances: dict
-    # of the tune in the picture
-    notes: np.ndarray
-    # {name: text}, what else is known
-    facts: dict
+    values: dict        # {feature: (tunes,)}, without those that have none of what is measured
+    distances: dict     # {feature: distance to the real songs} and their mean; empty for the real songs themselves
+    notes: np.ndarray   # of the tune in the picture
+    facts: dict         # {name: text}, what else is known
 
 
-def make_column(name, tunes, shown, real=None, facts=None):
-    """The Column of Tunes, of which one is shown; real: the Column that they are compared with."""
+def make_column(name, tunes, notes, real=None, facts=()):
+    """The Column of tunes, each its features; notes: of the one to show; real: the Column they are compared with."""
     values = {}
-    for feature, measure in FEATURES.items():
-        found = np.array([measure(tune) for tune in tunes], dtype=float)
+    distances = {}
+    for feature in tunes[0]:
+        found = np.array([tune[feature] for tune in tunes], dtype=float)
         values[feature] = found[np.isfinite(found)]
-    if not real:
-        return Column(name, values, {}, shown.notes, {})
-    distances = {feature: distance(values[feature], real.values[feature]) for feature in values}
-    facts = {'mean distance': f'{mean(list(distances.values())):.3f}'} | (facts or {})
-    return Column(name, values, distances, shown.notes, facts)
+        if real:
+            distances[feature] = distance(values[feature], real.values[feature])
+    if real:
+        distances['mean distance'] = mean(list(distances.values()))
+    return Column(name, values, distances, notes, dict(facts))
 
 
 def distance(a, b):
     """Kolmogorov-Smirnov: how far the shares of a and of b up to a number are apart, where they are farthest; 1 where
     only one of them has numbers."""
-    if not len(a) or not len(b):
-        return float(len(a) != len(b))
     x = np.concatenate([a, b])
-    share_a = np.searchsorted(np.sort(a), x, side='right') / len(a)
-    share_b = np.searchsorted(np.sort(b), x, side='right') / len(b)
-    return np.abs(share_a - share_b).max()
+    shares = [np.searchsorted(np.sort(part), x, side='right') / max(1, len(part)) for part in (a, b)]
+    return np.abs(shares[0] - shares[1]).max(initial=0)
 
 
 def read_real(dataset, split):
     """The Column of the test songs, or of another split, that of some training songs, and the book of them all."""
+    songs = [song.notes for song in dataset.songs[split]]
     training = [song.notes for song in dataset.songs['train']]
     strikes = [data.intervals(notes, GRID) for notes in training]
     book = data.copy_book(strikes)
-    tunes = [study(song.notes, book) for song in dataset.songs[split]]
-    real = make_column(f'{split} songs', tunes, tunes[len(tunes) // 2])
+    real = make_column(f'{split} songs', [features(notes, book) for notes in songs], songs[len(songs) // 2])
     tunes = []
     for i in range(0, len(training), math.ceil(len(training) / TRAINING)):
-        others = strikes.copy()
         # a song is no copy of itself
-        others[i] = strikes[i][:0]
-        tunes.append(study(training[i], data.copy_book(others)))
-    return real, make_column('training songs', tunes, tunes[0], real), book
+        others = data.copy_book([*strikes[:i], strikes[i][:0], *strikes[i + 1:]])
+        tunes.append(features(training[i], others))
+    return real, make_column('training songs', tunes, training[0], real), book
 
 
 def compose(model, representation, args):
-    """Tunes composed unaided: ([(T, V) frames, the boundary before], most frames of a tune, frames a second)."""
+    """Tunes composed unaided: [(notes (N, 3), the model's nats a frame, did it end by itself?)] in the order of their
+    nats; and frames a second. ABC text that cannot be read is left out."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(args.seed)
     boundary = torch.eye(representation.V, dtype=torch.uint8, device=device)[-1:]
     prompt = boundary.expand(args.num_samples, 1, -1)
     length = math.ceil(args.length * representation.frames_per_beat)
-    # as in sample.py
+    # beats, as in sample.py
     at_least = 16 * representation.frames_per_beat
     began = time.perf_counter()
-    tunes = model.compose(prompt, length, args.temperature, args.top_p, generator, at_least)
-    speed = sum(map(len, tunes)) / (time.perf_counter() - began)
-    return [torch.cat([boundary, tune]) for tune in tunes], length, speed
+    composed = model.compose(prompt, length, args.temperature, args.top_p, generator, at_least)
+    speed = sum(map(len, composed)) / (time.perf_counter() - began)
+    tunes = []
+    for frames in composed:
+        try:
+            notes = representation.to_song(frames.cpu().numpy()).notes
+        except UserError:
+            continue
+        if len(notes):
+            nats = model.nats(torch.cat([boundary, frames]).unsqueeze(0)).mean().item()
+            tunes.append((notes, nats, len(frames) < length))
+    return sorted(tunes, key=lambda tune: tune[1]), speed
 
 
 def model_column(name, model, dataset, real, book, args):
     """The Column of a model."""
-    parameters = sum(p.numel() for p in model.parameters())
-    facts = dict(parameters=f'{parameters}')
+    facts = {'parameters': str(sum(p.numel() for p in model.parameters()))}
     train.say(f'{name}: loss on the real songs', passing=True)
     for split in ('valid', 'test'):
         score = train.evaluate(model, dataset, split)
         facts[f'{split} nats a frame'] = f'{score.frame:.3f}'
         facts[f'{split} nats a beat'] = f'{score.beat:.3f}'
     train.say(f'{name}: composing {args.num_samples} tunes', passing=True)
-    composed, length, speed = compose(model, dataset.representation, args)
-    facts['frames a second when composing'] = f'{speed:.0f}'
-    train.say(f'{name}: measuring the tunes', passing=True)
-    tunes = []
-    for frames in composed:
-        try:
-            notes = dataset.representation.to_song(frames[1:].cpu().numpy()).notes
-        except UserError:
-            # a text that is no ABC
-            continue
-        if len(notes):
-            nats = model.nats(frames.unsqueeze(0)).mean().item()
-            tunes.append((nats, study(notes, book, len(frames) <= length)))
-    if not tunes:
+    composed, speed = compose(model, dataset.representation, args)
+    if not composed:
         raise UserError(f'{name} composed no tune that can be read: train it for longer')
-    facts['tunes that can be read'] = f'{len(tunes)} of {len(composed)}'
-    tunes.sort(key=lambda tune: tune[0])
-    nats, median = tunes[len(tunes) // 2]
+    median, nats, _ = composed[len(composed) // 2]
+    facts['frames a second when composing'] = f'{speed:.0f}'
+    facts['tunes that can be read'] = f'{len(composed)} of {args.num_samples}'
     facts['nats a frame of its median tune'] = f'{nats:.3f}'
-    return make_column(name, [tune for _, tune in tunes], median, real, facts)
+    train.say(f'{name}: measuring the tunes', passing=True)
+    tunes = [features(notes, book, ended) for notes, _, ended in composed]
+    return make_column(name, tunes, median, real, facts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,57 +227,59 @@ def model_column(name, model, dataset, real, book, args):
 
 def make_table(columns):
     """Rows {heading: text}: the means of the features and their distances (KS), then what else is known."""
-    rows = []
-    for name in columns[0].values:
-        row = {'': name}
-        for column in columns:
-            row[column.name] = f'{mean(column.values[name]):.3f}'
-            if column.distances:
-                row[f'KS {column.name}'] = f'{column.distances[name]:.3f}'
-        rows.append(row)
-    for name in columns[-1].facts:
-        rows.append({'': name} | {column.name: column.facts.get(name, '') for column in columns})
-    return rows
+    table = {}
+    for column in columns:
+        table[column.name] = {name: f'{mean(values):.3f}' for name, values in column.values.items()} | column.facts
+        if column.distances:
+            table[f'KS {column.name}'] = {name: f'{far:.3f}' for name, far in column.distances.items()}
+    names = [*columns[-1].distances, *columns[-1].facts]
+    return [{'': name} | {heading: cells.get(name, '') for heading, cells in table.items()} for name in names]
 
 
 def print_table(rows):
     """A line for each row."""
-    headings = list(rows[0])
-    for row in [dict(zip(headings, headings)), *rows]:
-        cells = [row.get(heading, '').rjust(max(8, len(heading))) for heading in headings[1:]]
-        print(f'{row[""]:31}', *cells)
+    headings = list(rows[0])[1:]
+    for name, *cells in [['', *headings], *map(dict.values, rows)]:
+        print(f'{name:31}', *[cell.rjust(max(8, len(heading))) for cell, heading in zip(cells, headings)])
 
 
 def draw_distances(drawing, columns):
     """Add a bar for each feature and column to a Drawing."""
     top = drawing.bottom + 34
-    drawing.text(8, top - 18, 'Kolmogorov-Smirnov distance to the real songs, from 0 to 1', 'title')
+    names = list(columns[0].distances)
+    step = 6 * len(columns) + 7
+    bottom = top + step * len(names)
+    drawing.text(8, top - 18, 'distance to the real songs and its mean: shorter bars are better', 'title')
+    farthest = max(max(column.distances.values()) for column in columns)
+    pixels = 608 / farthest
+    for tick in render.ticks(0, farthest):
+        x = 160 + pixels * tick
+        drawing.strokes('line', 1, f'M{x:g} {top}V{bottom}')
+        drawing.text(x, bottom + 16, f'{tick:g}', 'mid')
+    for i, name in enumerate(names):
+        drawing.text(150, top + step * (i + 0.5) + 4, name, 'end')
     for i, column in enumerate(columns):
-        drawing.text(778, top + 10 + 14 * i, f'■ {render.label(column.name)}', render.colour(i))
-    for name in columns[0].distances:
-        drawing.text(180, top + 3 * len(columns) + 4, name, 'end')
-        for i, column in enumerate(columns):
-            length = 570 * column.distances[name]
-            drawing.strokes(render.colour(i), 5, f'M190 {top + 3}h{length:.1f}')
-            top += 6
-        top += 8
-    drawing.bottom = top + 10
+        words = f'■ {render.label(column.name)} {column.distances["mean distance"]:.3f}'
+        drawing.text(778, top + 10 + 14 * i, words, render.colour(i))
+        for k, far in enumerate(column.distances.values()):
+            drawing.strokes(render.colour(i), 5, f'M160 {top + step * k + 6 * i + 6}h{pixels * far:.1f}')
+    drawing.bottom = bottom + 26
 
 
 def draw(real, training, models, losses):
     """The picture, bytes: loss curves {name: points}, a bar for each feature, and piano rolls of a real song and of the
-    tune of each model that is its median by nats."""
+    tune of each model that is its median by nats. Each origin has its colour throughout; chords are grey."""
     drawing = render.Drawing()
     if losses:
         render.draw_chart(drawing, losses)
     draw_distances(drawing, [*models, training])
-    for column in [real, *models]:
+    for i, column in [(len(models), real), *enumerate(models)]:
         bar, pickup = notation.metre(column.notes)
         metre = notation.metre_text(column.notes, bar, pickup)
-        name = render.label(column.name)
-        drawing.text(render.LEFT, drawing.bottom + 16, f'{name}, {metre}', 'title')
-        drawing.bottom += 28
-        render.draw_roll(drawing, column.notes, metre, pickup, lines=2)
+        title = 'one of the' if column is real else 'the median tune of'
+        drawing.text(8, drawing.bottom + 18, f'{title} {render.label(column.name)}, {metre}', 'title')
+        drawing.bottom += 30
+        render.draw_roll(drawing, column.notes, metre, pickup, lines=2, styles=(render.colour(i), 'grey'))
     return drawing.svg('comparison')
 
 
@@ -354,20 +310,19 @@ def main():
     picture = f'{args.out}.svg'
     notation.check_writable(table)
     notation.check_writable(picture)
+    loaded = [load_checkpoint(path, data.pick_device(args.device)) for path in args.checkpoints]
+    music = sorted({checkpoint['meta']['data'] for _, checkpoint in loaded})
+    if len(music) > 1:
+        raise UserError(f'these models were trained on {" and on ".join(music)}: compare them apart')
     stems = [path.stem for path in args.checkpoints]
     models = []
     losses = {}
-    music = ''
-    for path in args.checkpoints:
+    for path, (model, checkpoint) in zip(args.checkpoints, loaded):
         name = path.stem if stems.count(path.stem) == 1 else str(path)
-        model, checkpoint = load_checkpoint(path, data.pick_device(args.device))
         meta = checkpoint['meta']
-        if music not in ('', meta['data']):
-            raise UserError(f'{path} was trained on {meta["data"]}, the models before on {music}: compare them apart')
         representation = data.representation(meta['representation'])
         dataset = data.load(meta['data'], representation, meta['common_key'], log=lambda line: None)
-        if not music:
-            music = meta['data']
+        if not models:
             train.say('measuring the real songs', passing=True)
             real, training, book = read_real(dataset, args.split)
         models.append(model_column(name, model, dataset, real, book, args))

@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import re
 import signal
+import statistics
 import sys
 import time
 import urllib.request
@@ -79,6 +80,7 @@ def moved(song, semitones):
 
 class Representation:
     """What the three have in common. Each has V, encode, decode, transpose, steps, and `settings` to build it."""
+    is_text = False
 
     def to_song(self, frames):
         """Frames (T, V) to a Song. Raises UserError if they are no music."""
@@ -233,6 +235,8 @@ def read_header(path):
 class AbcText(Representation):
     """A frame is one character of a tune's ABC text: newline or printable ASCII. A tune from an .abc file is its own
     text, K, M, L and the music; one from MIDI is written down first."""
+    is_text = True
+    left_out = 0        # notes of all songs so far for which there is no place in ABC text
     CHARACTERS = '\n' + ''.join(map(chr, range(32, 127)))
 
     def __init__(self):
@@ -246,7 +250,9 @@ class AbcText(Representation):
 
     def encode(self, song):
         """A Song to frames (T, V) uint8. Raises UserError above MAX_FRAMES characters."""
-        return self.encode_text(tune_text(song))
+        text, left_out = tune_text(song)
+        self.left_out += left_out
+        return self.encode_text(text)
 
     def encode_text(self, text):
         """ABC text to frames (T, V) uint8; raises UserError for a character that is not in CHARACTERS."""
@@ -318,12 +324,15 @@ class Windows(NamedTuple):
 
 
 class Dataset:
-    """Songs in three splits, as frames. source: what music this is, in a line; songs: {'train': [Song], ..}."""
+    """Songs in three splits, as frames. source: what music this is, in a line; songs: {'train': [Song], ..}; common_key:
+    were they moved to C major or A minor? sharps: the key signature that most of them had before, None if not told."""
 
-    def __init__(self, songs, source, representation):
+    def __init__(self, songs, source, representation, common_key=False, sharps=None):
         self.songs = songs
         self.source = source
         self.representation = representation
+        self.common_key = common_key
+        self.sharps = sharps
         self.packed = {}        # split -> (frames, V / 8) uint8
         self.bounds = {}        # split -> (songs + 1,) where the boundaries stand
         self.beats = {}         # split -> (songs,) from the start of each song to the end of its last note
@@ -415,13 +424,14 @@ class File(NamedTuple):
     member: str | None = None
 
 
-def load(data='nottingham', representation=None, common_key=False, log=print):
+def load(data='nottingham', representation=None, common_key=None, log=print):
     """Read music into a Dataset.
 
     data: 'nottingham' (1,037 folk tunes, split as in Boulanger-Lewandowski et al. 2012: nottingham.zip beside this
         file, or a download, or tunes.abc instead), or the path of a folder, .zip, .mid, .abc, or .npz of data.py.
         Folders named train, valid and test are the splits; without them a hash of the name splits songs 8:1:1.
-    representation: how to make frames, by default PianoRoll(). common_key: move every song to C major or A minor.
+    representation: how to make frames, by default PianoRoll(). common_key: move every song to C major or A minor; by
+        default this is done where all files tell their key, unless songs are kept as text.
     log gets one line for each notice. What cannot be read is skipped and named on stderr.
     Raises UserError if no song is left.
     """
@@ -431,12 +441,10 @@ def load(data='nottingham', representation=None, common_key=False, log=print):
     longest = MAX_FRAMES / representation.steps_per_beat - 1
     songs = []
     for file, song in found:
-        if song.notes[:, 2].max() > longest:
-            skipped.append(f'{song.name} is longer than {longest:,.0f} beats: cut it, or lower --steps_per_beat')
-        elif common_key:
-            songs.append((file, moved(song, common_key_shift(song))))
-        else:
+        if song.notes[:, 2].max() <= longest:
             songs.append((file, song))
+        else:
+            skipped.append(f'{song.name} is longer than {longest:,.0f} beats: cut it, or lower --steps_per_beat')
     if not songs:
         raise UserError(f'no song in {data} can be used: {skipped[0]}')
     for sentence in skipped[:5]:
@@ -444,7 +452,17 @@ def load(data='nottingham', representation=None, common_key=False, log=print):
     if len(skipped) > 5:
         print(f'skipped: {len(skipped) - 5:,} more', file=sys.stderr)
     tell_what_is_left_out([song for _, song in songs], log)
-    return Dataset(split_songs(songs, log), f'{source} ({len(songs):,} songs)', representation)
+    keys = [song.sharps for _, song in songs]
+    if common_key is None:
+        common_key = None not in keys and not representation.is_text
+    if common_key:
+        songs = [(file, moved(song, common_key_shift(song))) for file, song in songs]
+    splits = split_songs(songs, log)
+    source = f'{source} ({len(songs):,} songs)'
+    dataset = Dataset(splits, source, representation, common_key, statistics.mode(keys))
+    if representation.is_text and representation.left_out:
+        log(f'{representation.left_out:,} notes have no place in ABC text (a bass below chords) and are left out')
+    return dataset
 
 
 def tell_what_is_left_out(songs, log):
@@ -707,7 +725,7 @@ def intervals(notes, steps_per_beat):
 def copy_book(tunes):
     """Tunes made by intervals(), for longest_copy to search: all their strikes, sorted, and the place of each."""
     # a strike that is in no tune stands between them
-    book = np.concatenate([np.append(tune, -1) for tune in tunes])
+    book = np.concatenate([np.append(tune, -1) for tune in tunes] or [np.zeros(0, np.int64)])
     places = np.argsort(book, kind='stable')
     return book[places], places
 

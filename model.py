@@ -696,7 +696,7 @@ def same_size(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-VERSION = 3         # of the layout of a checkpoint
+VERSION = 4         # of the layout of a checkpoint
 
 
 def save_checkpoint(path, model, **more):

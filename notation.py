@@ -4,7 +4,7 @@ A *note* is a row (key, onset, end): key 0..87 counts from A0, times are in beat
 N is the number of notes in a tune.
 """
 
-import bisect
+import collections
 import contextlib
 import functools
 import io
@@ -22,7 +22,8 @@ from typing import NamedTuple
 import mido
 import numpy as np
 
-LOWEST = 21   # the piano: A0 is MIDI note 21, C8 is 108
+# the piano: A0 is MIDI note 21, C8 is 108
+LOWEST = 21
 KEYS = 88
 
 
@@ -57,8 +58,8 @@ def open_music(file, name, kind, limit):
     """(bytes, name) of what a reader is given: a path, the bytes themselves, or a binary file object."""
     if isinstance(file, (str, os.PathLike)):
         return read_bytes(file, limit), name or Path(file).name
-    content = file if isinstance(file, bytes) else file.read(-1 if limit is None else limit + 1)
     name = name or kind
+    content = file if isinstance(file, bytes) else file.read(-1 if limit is None else limit + 1)
     if limit is not None and len(content) > limit:
         raise UserError(f'{name} is larger than {limit >> 10:,} KB: cut it, or leave it out')
     return content, name
@@ -163,7 +164,8 @@ def is_melody(notes):
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys
 
-FIFTHS = 'FCGDAEB'   # letters by fifths: a key of n sharps raises the first n
+# letters by fifths: a key of n sharps raises the first n
+FIFTHS = 'FCGDAEB'
 # How well each pitch class fits a major and a minor key on C (Krumhansl and Kessler 1982)
 PROFILES = np.array([[6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88],
                      [6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17]])
@@ -224,7 +226,8 @@ LIMITS = (0.4, 0.8, 1.2, 1.8)
 # Of 100 such places, how many have no chord, the same chord struck again, another chord: between what is counted in
 # Nottingham, where the half of a bar has 4, and in books whose chords change more often
 CHORDS = dict(D=(10, 30, 60), P=(10, 30, 60), H=(85, 5, 10), Q=(85, 5, 10), B=(98, 1, 1), o=(98, 1, 1))
-METRE_BEATS = 512   # how much of a long piece we look at, in beats
+# how much of a long piece we look at
+METRE_BEATS = 512
 
 
 def bar_beats(metre):
@@ -262,61 +265,54 @@ def metre_scores(notes, bar=None):
     """{(metre, pickup): how likely it is, as a logarithm and but for a constant} for all BARS of so many beats."""
     notes = one_per_key(as_notes(notes))
     notes = notes[notes[:, 1] < METRE_BEATS]
-    melody = is_melody(notes)
-    lengths = length_cues(notes[melody])
-    chords = chord_cues(notes[~melody], len(lengths))
-    weight = 0.1 if chords.any() else 0.6   # chords tell more than the melody, and what both say must not count twice
+    lengths, chords = cues(notes)
     scores = {}
     for name, places in BARS.items():
         size = len(places)
         if bar not in (None, size / 2):
             continue
-        # (place in the bar, kind of cue), then (place, half beat)
-        of_length = np.log([(100, *LENGTHS[place]) for place in places])
-        of_chord = np.log([CHORDS[place] for place in places])
-        fit = weight * of_length[:, lengths]
+        # (half beat of the tune, place in the bar); what chords and melody both say must not count twice
+        fit = 0.2 * np.log([(100, *LENGTHS[place]) for place in places]).T[lengths]
         if chords.any():
-            fit += of_chord[:, chords]
+            fit += np.log([CHORDS[place] for place in places]).T[chords]
         # going backwards, for each place in the bar: the best score from here to the end if we are there now; what
         # follows is the next place or, at a price, a new bar before this one is full (at the end of a part)
         best = np.zeros(size)
         following = np.arange(1, size + 1) % size
-        for now in fit.T[::-1]:
+        for now in fit[::-1]:
             best = now + np.maximum(best[following], best[0] - 8)
         for pickup in range(size):
             # few tunes have a pickup of half a bar or more
-            scores[name, pickup / 2] = best[-pickup] - 4 * (2 * pickup >= size)
+            scores[name, pickup / 2] = best[-pickup] - 2 * (2 * pickup >= size)
     return scores
 
 
-def length_cues(notes):
-    """For each half beat: 0 no note begins, else how long it lasts to the next note, as a column of LENGTHS."""
+def cues(notes):
+    """What each half beat tells, as columns of LENGTHS (0: no melody note begins) and of CHORDS."""
+    melody = is_melody(notes)
+    tune = notes[melody]
     steps = np.rint(2 * notes[:, 1]).astype(int)
-    cues = np.zeros(steps.max(initial=-1) + 1, dtype=int)
-    lasts = np.diff(notes[:, 1], append=notes[-1:, 2])
-    cues[steps] = 1 + np.searchsorted(LIMITS, lasts)
-    return cues
-
-
-def chord_cues(notes, halves):
-    """For each half beat: 0 no chord begins, 1 the same chord as before, 2 another chord."""
-    struck = {}
-    for key, onset, _ in notes:
-        struck.setdefault(round(2 * onset), set()).add(int(key) % 12)
-    cues = np.zeros(halves, dtype=int)
+    lengths = np.zeros(steps[melody].max(initial=-1) + 1, dtype=int)
+    lengths[steps[melody]] = 1 + np.searchsorted(LIMITS, np.diff(tune[:, 1], append=tune[-1:, 2]))
+    struck = collections.defaultdict(set)
+    for key, step in zip(notes[~melody, 0], steps[~melody]):
+        struck[step].add(key % 12)
+    chords = np.zeros_like(lengths)
     before = set()
     for step, chord in sorted(struck.items()):
-        if len(chord) > 1 and step < halves:   # a note alone tells nothing
-            cues[step] = 1 if chord <= before else 2
+        if len(chord) > 1 and step < len(chords):   # a note alone tells nothing
+            chords[step] = 1 if chord <= before else 2
             before = chord
-    return cues
+    return lengths, chords
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # MIDI
 
-TICKS = 480   # to a beat, in the files we write
-MAX_MIDI = 2 << 20   # bytes in a file: a piano concerto has 0.5 MB; the largest that is read costs 2 s
+# to a beat, in the files we write
+TICKS = 480
+# bytes in a file: a piano concerto has 0.5 MB
+MAX_MIDI = 2 << 20
 # kinds of events: the status byte without its channel; what is no music (tempo, key, text) is 0x100 + its type
 NOTE_OFF = 0x80
 NOTE_ON = 0x90
@@ -327,8 +323,9 @@ TIME_SIGNATURE = 0x158
 KEY_SIGNATURE = 0x159
 # how many data bytes follow the status byte; those that are not here have none
 DATA_BYTES = {0x80: 2, 0x90: 2, 0xA0: 2, 0xB0: 2, 0xC0: 1, 0xD0: 1, 0xE0: 2, 0xF1: 1, 0xF2: 2, 0xF3: 1}
-PEDAL = 64   # the controller that is the sustain pedal
-PERCUSSION = 9   # the channel of the drums, counted from 0
+# a controller, and the channel of the drums, counted from 0
+PEDAL = 64
+PERCUSSION = 9
 
 
 def read_midi(file, name=None):
@@ -340,114 +337,112 @@ def read_midi(file, name=None):
     Source: Standard MIDI Files 1.0 (RP-001); the pedal as in Magenta's note-seq (apply_sustain_control_changes).
     """
     content, name = open_music(file, name, 'a MIDI file', MAX_MIDI)
-    head = content.find(b'MThd')   # not always at the start: a .rmi is a RIFF file around a MIDI file
-    start = content.find(b'MTrk', head)
-    if head < 0 or start < 0:
+    # not always at the start: a .rmi is a RIFF file around a MIDI file
+    head, *tracks = content[content.find(b'MThd'):].split(b'MTrk')
+    if not head.startswith(b'MThd') or not tracks:
         raise UserError(f'{name} is not a MIDI file with tracks in it: replace it or leave it out')
-    kind = int.from_bytes(content[head + 8:head + 10])
-    ticks_per_beat = int.from_bytes(content[head + 12:head + 14])
+    kind = int.from_bytes(head[8:10])
+    ticks_per_beat = int.from_bytes(head[12:14])
     if kind > 1 or not 0 < ticks_per_beat < 0x8000:
         raise UserError(f'{name} is a MIDI file of type 2 or in SMPTE time: save it as type 0 or 1 with time in beats')
     events = []
     try:
-        while start >= 0:
-            track, end = read_track(content, start)
-            events += track
-            start = content.find(b'MTrk', end)
-    except IndexError:   # from read_track
+        for track in tracks:
+            events += read_track(track)
+    except StopIteration:
         raise UserError(f'{name} ends in the midst of an event: replace it or leave it out') from None
     # in order of time, at one time controllers first: the pedal counts for a key that goes up with it
+    events = [(tick / ticks_per_beat, *event) for tick, *event in events]
     events.sort(key=lambda event: (event[0], event[1] != CONTROLLER))
-    last = events[-1][0] if events else 0
-    beats = as_notes(midi_rows(events, last)) / [1, ticks_per_beat, ticks_per_beat]
-    silence = last / ticks_per_beat - beats[:, 2].max(initial=0)
-    told = signatures(events, beats[:, 1].min(initial=last / ticks_per_beat), ticks_per_beat)
-    return song_from_rows(name, beats, silence=silence, **told)
+    last = events[-1][0] if events else 0.0
+    rows = as_notes(midi_rows(events, last))
+    told = signatures(events, rows[:, 1].min(initial=last))
+    return song_from_rows(name, rows, silence=last - rows[:, 2].max(initial=0), **told)
 
 
-def read_track(content, start):
-    """The events (tick, kind, channel, data) of the track whose MTrk stands at start, and where it ends."""
-    i = start + 8
-    # where the next track begins, or at the end of the file (-1 % (n + 1) is n)
-    end = content.find(b'MTrk', i) % (len(content) + 1)
-    if content.find(b'\xff\x2f\0', i, end) < 0:   # the length that is stated counts only if there is no end of track
-        end = min(end, i + int.from_bytes(content[start + 4:i]))
+def read_track(chunk):
+    """The events (tick, kind, channel, data bytes) of what follows an MTrk. Raises StopIteration if it is cut off."""
+    body = chunk[4:]
+    # the length that is stated counts only if there is no end of track
+    if b'\xff\x2f\0' not in body:
+        body = body[:int.from_bytes(chunk[:4])]
+    stream = iter(body)
     events = []
     tick = 0
-    running = 0   # the status byte of the latest event of a channel
-    kind = None
-    while i < end and kind != END_OF_TRACK:
-        delta, i = read_number(content, i)
-        tick += delta
-        # a byte below 128 is data already: it is an event like the one before
-        status = content[i] if content[i] >= 0x80 else running
-        i += content[i] >= 0x80
-        kind = status
-        if status < 0xF0:
-            running = status
-            kind = status & 0xF0
-        elif status == 0xFF:
-            kind = 0x100 + content[i]
-            i += 1
+    status = 0
+    for byte in stream:
+        tick += read_number(byte, stream)
+        byte = next(stream)
+        data = []
+        if byte < 0x80:   # data already: an event of the same kind as the latest one of a channel
+            data = [byte]
+            byte = status
+        kind = byte
+        if byte < 0xF0:
+            status = byte
+            kind = byte & 0xF0
+        elif byte == 0xFF:
+            kind = 0x100 + next(stream)
         size = DATA_BYTES.get(kind, 0)
-        if status in (0xF0, 0xF7, 0xFF):
-            size, i = read_number(content, i)
-        if i + size > len(content):
-            raise IndexError
-        events.append((tick, kind, status & 15, content[i:i + size]))
-        i += size
-    return events, i
-
-
-def read_number(content, i):
-    """A number of seven bits a byte, the last byte below 128, and where it ends; a long one counts as eight bytes."""
-    number = 0
-    for i in range(i, i + 8):
-        number = number << 7 | content[i] & 127
-        if content[i] < 128:
+        if byte in (0xF0, 0xF7, 0xFF):
+            size = read_number(next(stream), stream)
+        data += [next(stream) for _ in range(size - len(data))]
+        events.append((tick, kind, byte & 15, data))
+        if kind == END_OF_TRACK:
             break
-    return number, i + 1
+    return events
+
+
+def read_number(byte, stream):
+    """A number of seven bits a byte, the last byte below 128; a longer one counts as eight bytes."""
+    number = byte & 127
+    for _ in range(7):
+        if byte < 128:
+            break
+        byte = next(stream)
+        number = number << 7 | byte & 127
+    return number
 
 
 def midi_rows(events, last):
-    """Rows [MIDI note, tick, end tick] of events in order of time; what is never released ends at the tick `last`."""
+    """Rows [MIDI note, onset, end] of events in order of time; what is never released ends at the beat `last`."""
     rows = []
     down = {}   # (channel, note) -> its row, did it cut the same note?
     held = {}   # channel whose pedal is down -> rows of the keys that went up since then
-    for tick, kind, channel, data in events:
+    for beat, kind, channel, data in events:
         if kind in (NOTE_OFF, NOTE_ON) and channel != PERCUSSION and data[0] < 128:
             at = channel, data[0]
             row, cut = down.get(at, (None, False))
             if kind == NOTE_ON and data[1] > 0:   # a velocity above 127 makes no sense, the strike does
                 if row:
-                    row[2] = tick
-                rows.append([data[0], tick, last])
+                    row[2] = beat
+                rows.append([data[0], beat, last])
                 down[at] = rows[-1], row is not None
-            elif row and not (cut and row[1] == tick):   # else it is the late release of the note that was just cut
+            elif row and not (cut and row[1] == beat):   # else it is the late release of the note that was just cut
                 del down[at]
-                row[2] = last if channel in held else tick
+                row[2] = last if channel in held else beat
                 held.get(channel, []).append(row)
         elif kind == CONTROLLER and data[0] == PEDAL and 64 <= data[1] < 128:
             held.setdefault(channel, [])
         elif kind == CONTROLLER and data[0] == PEDAL and data[1] < 64:
             for row in held.pop(channel, []):
-                row[2] = tick
+                row[2] = beat
     return rows
 
 
-def signatures(events, first_note, ticks_per_beat):
-    """Fields of Song that events in order of time tell: the tempo at the first note (a beat), the first key, metre."""
+def signatures(events, first_note):
+    """Fields of Song that events, times in beats, tell: the tempo at the first note, the first key, the first metre."""
     told = {}
     metres = {}   # beat -> metre
-    for tick, kind, _, data in events:
-        if kind == TEMPO and len(data) == 3 and any(data) and tick <= first_note * ticks_per_beat:
+    for beat, kind, _, data in events:
+        if kind == TEMPO and len(data) == 3 and any(data) and beat <= first_note:
             told['tempo'] = 6e7 / int.from_bytes(data)
-        elif kind == KEY_SIGNATURE and len(data) == 2 and 'sharps' not in told:
+        elif kind == KEY_SIGNATURE and len(data) == 2 and data[1] < 2 and 'sharps' not in told:
             count = int.from_bytes(data[:1], signed=True)
-            if abs(count) <= 7 and data[1] < 2:
+            if abs(count) <= 7:
                 told.update(sharps=count, minor=data[1] == 1)
         elif kind == TIME_SIGNATURE and len(data) > 1 and data[0] > 0 and data[1] < 7:
-            metres.setdefault(tick / ticks_per_beat, f'{data[0]}/{2 ** data[1]}')
+            metres.setdefault(beat, f'{data[0]}/{2 ** data[1]}')
     if metres:
         told['metre'] = next(iter(metres.values()))
     if len(metres) > 1:   # a first bar that is shorter than the next is a pickup
@@ -464,35 +459,34 @@ def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metr
     full bar beginning at the beat `pickup`; what comes before is a short bar, so that editors draw the bars right.
     The file appears whole or not at all. Raises UserError if it cannot be written.
     """
-    # (tick, rank in the tick, message): signatures, then releases, then strikes
-    events = [(0, 0, mido.MetaMessage('track_name', name=printable(name)))]
-    micros = min(max(round(6e7 / tempo), 1), 0xFFFFFF)   # three bytes: no slower than 3.6 beats a minute
-    events.append((0, 0, mido.MetaMessage('set_tempo', tempo=micros)))
+    # three bytes: no slower than 3.6 beats a minute
+    micros = min(max(round(6e7 / tempo), 1), 0xFFFFFF)
+    signs = [mido.MetaMessage('track_name', name=printable(name)), mido.MetaMessage('set_tempo', tempo=micros)]
     if sharps is not None:
-        events.append((0, 0, mido.MetaMessage('key_signature', key=key_name(sharps, minor))))
-    if metre:
-        signs = {0: metre}
-        # the short bar before the first full one, if a number of 64ths can tell its length
-        length = Fraction(pickup or 0) / 4
-        if length > 0 and 64 % length.denominator == 0:
-            unit = max(4, length.denominator)
-            signs = {0: f'{int(length * unit)}/{unit}', pickup: metre}
-        for beat, sign in signs.items():
-            count, unit = map(int, sign.split('/'))
-            message = mido.MetaMessage('time_signature', numerator=count, denominator=unit)
-            events.append((round(beat * TICKS), 0, message))
+        signs.append(mido.MetaMessage('key_signature', key=key_name(sharps, minor)))
+    bars = {0: metre} if metre else {}
+    # the short bar before the first full one, if a number of 64ths can tell its length
+    length = Fraction(pickup or 0) / 4
+    if metre and length > 0 and 64 % length.denominator == 0:
+        unit = max(4, length.denominator)
+        bars = {0: f'{int(length * unit)}/{unit}', round(pickup * TICKS): metre}
+    for tick, text in bars.items():
+        count, unit = map(int, text.split('/'))
+        signs.append(mido.MetaMessage('time_signature', numerator=count, denominator=unit, time=tick))
+    releases = []
+    strikes = []
     for key, onset, end in one_per_key(as_notes(notes)):
         note = int(key) + LOWEST
         tick = round(onset * TICKS)
-        end_tick = max(round(end * TICKS), tick + 1)
-        events.append((tick, 2, mido.Message('note_on', note=note, velocity=80)))
-        events.append((end_tick, 1, mido.Message('note_on', note=note, velocity=0)))
-    events.sort(key=lambda event: event[:2])
+        strikes.append(mido.Message('note_on', note=note, velocity=80, time=tick))
+        releases.append(mido.Message('note_on', note=note, velocity=0, time=max(round(end * TICKS), tick + 1)))
+    # at one time releases come before strikes
+    messages = sorted(signs + releases + strikes, key=lambda message: message.time)
     track = mido.MidiTrack()
     now = 0
-    for tick, _, message in events:
-        track.append(message.copy(time=tick - now))
-        now = tick
+    for message in messages:
+        track.append(message.copy(time=message.time - now))
+        now = message.time
     buffer = io.BytesIO()
     mido.MidiFile(type=0, ticks_per_beat=TICKS, charset='utf-8', tracks=[track]).save(file=buffer)
     write_whole(path, buffer.getvalue())
@@ -503,10 +497,11 @@ def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metr
 
 # A tune is read in three steps. `Page.spell` turns the written music into events, with every pitch and length worked
 # out (what the order on the page decides); `arrange` puts the events into the order of playing; `play` counts time.
-# An event is a Sound, a Bar, a Symbol, or one of the words DC, DS, segno, fine.
+# An event is a Sound, a Bar, a list (the MIDI notes of a chord symbol), or one of the words DC, DS, segno, fine.
 
-MAX_BOOK = 64 << 20   # bytes in an ABC file
-MAX_TUNE = 40_000   # characters in a tune, and events in its playing: they bound what a hostile tune can cost
+# what a hostile file can cost has bounds: bytes in a file; characters in a tune, and events in its playing
+MAX_BOOK = 64 << 20
+MAX_TUNE = 40_000
 
 SIGN = r'(?:\^\^?|__?|=)'
 LENGTH = r'(?:[1-9]\d{0,2})?/{0,4}(?:[1-9]\d{0,2})?'
@@ -525,23 +520,19 @@ TOKEN = re.compile(rf"""
   | (?P<sound>   (?: \[(?P<chord>[^\]\[\n]*)\] | (?P<note>{SIGN}?[A-Ga-g][,']*) | [zxZX] ) (?P<length>{LENGTH}) )
   | (?:          \{{[^{{}}]*\}} | y[\d/]* | [\s`'\\$(),.~\#*;?@%!+H-WYh-w] )
   | (?P<unknown> . )""", re.VERBOSE)
-SCALE = 'C D EF G A B'   # a letter stands at its semitones above C
+# a letter stands at its semitones above C
+SCALE = 'C D EF G A B'
 ALTER = {'^': 1, '^^': 2, '=': 0, '_': -1, '__': -2, '#': 1, 'b': -1, '': 0}
 # how many sharps a mode has more than the major key on the same note
 MODES = dict(maj=0, ion=0, lyd=1, mix=-1, dor=-2, min=-3, aeo=-3, m=-3, phr=-4, loc=-5)
 # What may stand behind the root of a chord symbol, and the notes above the root; EXTRAS, sevenths and the like, are
 # left out
 EXTRAS = r'(?:maj|M|add|[\d#b+/-])*'
-TRIADS = {
-    r'\d*sus4?': (0, 5, 7),
-    r'\d*sus2': (0, 2, 7),
-    r'/?d|/?dim\d*|o7?|m7b5': (0, 3, 6),
-    r'(?:aug|\+)7?|7?(?:\+|#5)': (0, 4, 8),
-    rf'(?:min|mi|m|-){EXTRAS}': (0, 3, 7),
-    EXTRAS: (0, 4, 7),
-}
+TRIADS = {r'\d*sus4?': (0, 5, 7), r'\d*sus2': (0, 2, 7), r'/?d|/?dim\d*|o7?|m7b5': (0, 3, 6),
+          r'(?:aug|\+)7?|7?(?:\+|#5)': (0, 4, 8), rf'(?:min|mi|m|-){EXTRAS}': (0, 3, 7), EXTRAS: (0, 4, 7)}
 MARK = re.compile(r'(?i)(?P<DC>d\. ?c\b|da ?capo)|(?P<DS>d\. ?s\b|dal ?segno)|(?P<fine>\bfine\b)|(?P<segno>^S$|segno)')
-PLAIN = str.maketrans('♯♭°øØ“”’\t', '#booo""\' ')   # what else musicians put for the signs of plain ABC
+# what else musicians put for the signs of plain ABC
+PLAIN = str.maketrans('♯♭°øØ“”’\t', '#booo""\' ')
 
 
 @dataclass
@@ -558,11 +549,6 @@ class Bar(NamedTuple):
     starts: bool   # does a repeat start here?
     double: bool
     turns: list   # an ending begins: it is played on these turns of the repeat
-
-
-class Symbol(NamedTuple):
-    """A chord of MIDI notes, until the next one; none: silence."""
-    triad: list
 
 
 def read_abc(file, name=None, skipped=None):
@@ -617,7 +603,8 @@ def read_tune(title, tune, defaults):
     body = re.sub(r'(?m)^([A-Za-z+]):(?![|:])(.*)\n?', lambda m: f'[{m[0].strip()}]\n' * (m[1] in 'KLMPQV'), body)
     if len(set(re.findall(r'\[V:\s*([^\]\s]*)', body))) > 1:
         raise UserError('it has several voices')
-    told = dict(sharps=page.key[1], minor=page.key[2])   # what the header says, before the music changes it
+    # what the header says, before the music changes it
+    told = dict(sharps=page.key[1], minor=page.key[2])
     bar = page.bar
     fields |= dict(M=page.metre, L=str(page.unit))
     rows, length, first_bar = play(spell_parts(page, fields.get('P', ''), body))
@@ -739,7 +726,7 @@ class Page:
         triad = read_triad(m[0][1:-1])
         mark = MARK.search(m[0])
         if triad is not None:
-            self.events.append(Symbol(triad))
+            self.events.append(triad)
         elif mark:
             self.events.append(mark.lastgroup)
 
@@ -805,61 +792,49 @@ class Page:
 
 
 def arrange(events):
-    """Events in the order of playing.
+    """Events in the order of playing. The last D.C. goes back to the start, a D.S. to the segno, at the end of its bar;
+    from there on to the fine, or to where it was, there are no repeats."""
+    jump = max((i for i, event in enumerate(events) if event in ('DC', 'DS')), default=None)
+    if jump is None:
+        return unfold(events)
+    ends = [i + 1 for i, event in enumerate(events) if isinstance(event, Bar)] + [len(events)]
+    played = events[:min(end for end in ends if end > jump)]
+    start = played.index('segno') if events[jump] == 'DS' and 'segno' in played else 0
+    fine = played.index('fine', start) if 'fine' in played[start:] else jump
+    return unfold(played) + unfold(events[start:min(end for end in ends if end > fine)], once=True)
+
+
+def unfold(events, once=False):
+    """Events with their repeats played out; once: only the last turn of each.
 
     A repeat goes back to the latest |: or, if it has none, to the latest double bar, end of a repeat, or start of the
-    tune; on each turn the endings of other turns are left out. The last D.C. goes back to the start, a D.S. to the
-    segno, at the end of its bar; from there on to the fine, or to where it was, the last endings are played only."""
-    events = [*events, Bar(0, False, True, [])]
-    jump = max((i for i, event in enumerate(events) if event in ('DC', 'DS')), default=None)
-    # where an ending may end
-    gates = [i for i, event in enumerate(events) if isinstance(event, Bar) and any(event)]
+    tune; on each turn the endings of other turns are left out."""
+    end = Bar(0, True, False, [])
     played = []
-    start = 0   # where the repeat goes back to
-    opened = False   # is that a |: and no last ending begun?
-    turn = 1
+    common = []   # what is played on every turn
+    endings = []   # (turns, events)
     last_turn = 1
-    leaves = False   # is a jump or an end due in this bar?
-    again = False   # was the jump made?
-    i = 0
-    while i < len(events):
-        event = events[i]
-        leaves = leaves or i == jump or again and event == 'fine'
-        i += 1
-        played.append(event)
-        if len(played) > MAX_TUNE:
-            raise UserError(f'its repeats make more than {MAX_TUNE:,} notes')
+    opened = False   # did it begin with |: ?
+    for event in [*events, end]:
+        (endings[-1][1] if endings else common).append(event)
         if not isinstance(event, Bar):
             continue
         last_turn = max(last_turn, event.ends + 1, *event.turns)
-        if event.ends and turn < last_turn and not again:
-            turn += 1
-            i = start
-            leaves = False
-            continue
-        if leaves and again:
-            break
-        if leaves:
-            again = True
-            leaves = False
-            i = events.index('segno') if events[jump] == 'DS' and 'segno' in events else 0
-            continue
         if event.turns:
-            opened = opened and turn == 1
-        elif event.ends or event.starts or event.double and not opened:
-            start = i
-            opened = event.starts
-            turn = 1
+            endings.append((event.turns, []))
+        # a double bar ends what no |: began, or the last ending
+        elif event.ends or event.starts or event.double and not (opened and len(endings) < 2):
+            if len(played) + last_turn * len(common + endings) > MAX_TUNE:
+                raise UserError(f'its repeats make more than {MAX_TUNE:,} notes')
+            for turn in range(last_turn if once else 1, last_turn + 1):
+                played += common
+                for turns, music in endings:
+                    played += music * (turn in turns)
+            common = []
+            endings = []
             last_turn = 1
-        # an ending of another turn, or after the jump one that leads back, is left out
-        while event.turns:
-            end = gates[bisect.bisect_left(gates, i)]
-            if not events[end].ends if again else turn in event.turns:
-                break
-            event = events[end]
-            i = end + bool(event.ends or event.turns)
-            last_turn = max(last_turn, *event.turns, 1)
-    return played[:-1]
+            opened = event.starts
+    return [event for event in played if event is not end]
 
 
 def play(events):
@@ -871,20 +846,19 @@ def play(events):
     held = {}   # MIDI note -> its row, where it is tied
     for event in arrange(events):
         if isinstance(event, Sound):
-            onset = float(now)
-            sounding = {note: held.get(note) or [note, onset, onset] for note in event.notes.values()}
+            sounding = {note: held.get(note) or [note, float(now), 0] for note in event.notes.values()}
             rows += [row for note, row in sounding.items() if note not in held]
             now += event.beats
             for row in sounding.values():
                 row[2] = float(now)
             held = {event.notes[place]: sounding[event.notes[place]] for place in event.tied}
-        elif isinstance(event, Symbol):
-            symbols.append((float(now), event.triad))
+        elif isinstance(event, list):
+            symbols.append((float(now), event))
         elif isinstance(event, Bar):
             first_bar = first_bar or float(now)
     melody = as_notes(rows)
     # each chord lasts to the next one, below the notes that sound meanwhile
-    for (onset, triad), (end, _) in zip(symbols, symbols[1:] + [(float(now), [])]):
+    for (onset, triad), (end, _) in itertools.pairwise([*symbols, (float(now), [])]):
         sounding = (melody[:, 1] < end) & (melody[:, 2] > onset)
         lowest = melody[sounding, 0].min(initial=128)
         for _ in triad:   # while it reaches the melody, its top note moves down an octave
@@ -897,13 +871,13 @@ def play(events):
 # ---------------------------------------------------------------------------------------------------------------------
 # ABC out
 
-BEAT = 24   # Times are counted in ticks: a multiple of 3 is a 32nd note, a multiple of 4 belongs to a triplet.
-UNIT = 12   # the unit length of what we write, L:1/8
-# ticks of a plain or dotted note
-SINGLE = sorted(length * 2 ** n for length in (Fraction(3, 2), Fraction(9, 4)) for n in range(8))
-# pitch classes above the root -> what stands behind the root's name
-QUALITIES = {(0, 4, 7): '', (0, 3, 7): 'm', (0, 3, 6): 'dim', (0, 4, 8): 'aug', (0, 5, 7): 'sus4', (0, 4, 7, 10): '7',
-             (0, 3, 7, 10): 'm7', (0, 4, 7, 11): 'maj7', (0, 3, 6, 9): 'dim7', (0, 3, 6, 10): 'm7b5'}
+# Times are counted in ticks, 24 to a beat: a multiple of 3 is a 32nd note, a multiple of 4 belongs to a triplet.
+BEAT = 24
+# plain and dotted notes, in eighths, the unit of what we write
+SINGLE = (16, 12, 8, 6, 4, 3, 2, 1.5, 1, 0.75, 0.5, 0.25)
+# semitones of the notes above the root -> what stands behind the root's name
+QUALITIES = {'0 4 7': '', '0 3 7': 'm', '0 3 6': 'dim', '0 4 8': 'aug', '0 5 7': 'sus4', '0 4 7 10': '7',
+             '0 3 7 10': 'm7', '0 4 7 11': 'maj7', '0 3 6 9': 'dim7', '0 3 6 10': 'm7b5', '0 4': '', '0 3': 'm'}
 
 
 class Tick(NamedTuple):
@@ -926,31 +900,30 @@ def write_abc(notes, name='', tempo=120.0, sharps=None, minor=False, metre=None,
     if sharps is None:
         sharps, minor = estimate_key(notes)
     metre, bar, pickup = fit_bars(notes, metre, pickup)
-    first = round(-pickup % bar * BEAT)   # tick 0 is the bar line before the first note, or at it
-    melody, chords, left_out = find_chords(snap(notes, first))
     title = unicodedata.normalize('NFKD', name).encode('ascii', 'ignore').decode()
-    title = re.sub(r'[^ -~]', ' ', title).replace('%', ' ').strip() or 'Untitled'
-    # how far a beam reaches: a dotted quarter, a quarter in 3/4, else two quarters
+    title = re.sub(r'[^ -~]|%', ' ', title).strip() or 'Untitled'
+    # tick 0 is the bar line before the first note, or at it
+    first = round(-pickup % bar * BEAT)
+    melody, chords, left_out = find_chords(snap(notes, first))
+    # a beam reaches over a dotted quarter, a quarter in 3/4, else two quarters
     beam = 36 if metre.endswith('/8') else BEAT if metre.startswith('3') else 2 * BEAT
-    lines = ['X:1', f'T:{title}', f'M:{metre}', 'L:1/8', f'Q:1/4={tempo:.6g}', f'K:{key_name(sharps, minor)}']
-    lines.append(write_music(melody, chords, first, round(bar * BEAT), beam, Staff(sharps, minor)))
-    return '\n'.join(lines) + '\n', left_out
+    music = write_music(melody, chords, first, round(bar * BEAT), beam, Staff(sharps, minor))
+    head = f'X:1\nT:{title}\nM:{metre}\nL:1/8\nQ:1/4={tempo:.6g}\nK:{key_name(sharps, minor)}'
+    return f'{head}\n{music}\n', left_out
 
 
 def tune_text(song):
-    """The ABC text of a Song as a model reads it: fields M, L and K, and the music."""
+    """The ABC text of a Song as a model reads it, fields M, L and K, and the music; and how many notes it lacks."""
     if song.text:
-        return song.text
-    text, _ = write_abc(song.notes, '', song.tempo, song.sharps, song.minor, song.metre, song.pickup)
-    return re.sub(r'(?m)^[XTQ]:.*\n', '', text)
+        return song.text, 0
+    text, left_out = write_abc(song.notes, '', song.tempo, song.sharps, song.minor, song.metre, song.pickup)
+    return re.sub(r'(?m)^[XTQ]:.*\n', '', text), left_out
 
 
 def fit_bars(notes, text, pickup):
     """(metre as text, beats a bar, pickup), guessed where they are not known."""
-    bar = text and bar_beats(text)
-    if bar is None or pickup is None:
-        bar, begins = metre(notes, bar)
-        pickup = begins if pickup is None else pickup
+    bar, begins = metre(notes, text and bar_beats(text))
+    pickup = begins if pickup is None else pickup
     return text or metre_text(notes, bar, pickup), bar, pickup
 
 
@@ -971,24 +944,26 @@ def snap(notes, first):
 def find_chords(ticks):
     """Ticks to (melody, chords (onset, end, root 0..11, quality), how many notes are left out).
 
-    A chord: three or four notes struck together from below middle C, within an octave, that have a name. Left out is
-    the bass of a tune with chords: what lies below their octave and under another note."""
+    A chord: notes struck together from below middle C, within an octave, that have a name. Left out is the bass of a
+    tune with chords: what lies below their octave and under another note."""
     melody = []
     bass = []
     chords = []
     until = 0   # when the melody so far falls silent
     for onset, group in itertools.groupby(ticks, lambda note: note.onset):
         group = list(group)
-        # the highest is left to the melody if it can be spared and no other melody note sounds
-        low = group[:-1] if until <= onset and len(group) > 3 else group
-        root, quality, members = name_chord(low) or (0, '', [])
+        top = group[-1] if until <= onset else None   # the melody's, if no other melody note sounds
+        # without it, if it can be spared
+        root, quality, members = name_chord(group[:-1] if top and len(group) > 3 else group)
         if members:
             chords.append((onset, max(note.end for note in members), root, quality))
             # the top note of a chord without melody above it is both, if it lasts less long than the others
-            if members[-1] is group[-1] and until <= onset and members[-1].end < members[0].end:
+            if members[-1] is top and top.end < members[0].end:
                 members = members[:-1]
-        for note in [note for note in group if note not in members]:
-            if note.key < 48 and (until > onset or note is not group[-1]):
+        for note in group:
+            if note in members:
+                continue
+            if note.key < 48 and note is not top:
                 bass.append(note)
             else:
                 melody.append(note)
@@ -999,20 +974,28 @@ def find_chords(ticks):
 
 
 def name_chord(group):
-    """(root 0..11, quality, members) of the chord that the lowest notes of a group are, or None."""
+    """(root 0..11, quality, members) of the chord among the lowest notes of a group; no members: there is none."""
     low = [note for note in group if note.key - group[0].key < 12 and group[0].key < 60]
-    for members in (low[:4], low[:3]):
-        for note in members:
-            shape = tuple(sorted((other.key - note.key) % 12 for other in members))
-            if shape in QUALITIES:
-                return note.key % 12, QUALITIES[shape], members
-    return None
+    for size in (4, 3, 2):
+        choices = itertools.combinations(low, size)
+        # those that last longest first: notes of the melody among them are shorter
+        for members in sorted(choices, key=lambda notes: -sum(note.end for note in notes)):
+            # two notes are a chord if they go on below a melody that doubles one of them
+            doubled = any((group[-1].key - note.key) % 12 == 0 for note in members)
+            if size == 2 and not (doubled and members[0].end == members[1].end > group[-1].end):
+                continue
+            for root in members:
+                steps = sorted((note.key - root.key) % 12 for note in members)
+                quality = QUALITIES.get(' '.join(map(str, steps)))
+                if quality is not None:
+                    return root.key % 12, quality, members
+    return 0, '', ()
 
 
 def write_music(melody, chords, first, bar, beam, staff):
     """Lines of music from tick `first` on, four bars each, cut wherever a note begins or ends, at chord symbols, bar
     lines and around triplets; notes of a beam stand together."""
-    end = max([first + UNIT] + [note.end for note in melody] + [chord[1] for chord in chords])
+    end = max([first + BEAT // 2] + [note.end for note in melody] + [chord[1] for chord in chords])
     if 0 < end % bar < BEAT:   # the last bar has at least a beat
         end += BEAT - end % bar
     symbols = {}
@@ -1020,21 +1003,17 @@ def write_music(melody, chords, first, bar, beam, staff):
         symbols[onset] = f'"{staff.root(root)}{quality}"'
         if after - stop >= BEAT:
             symbols[stop] = '"^N.C."'
-    cuts = {first, end, *symbols, *range(bar * (first // bar + 1), end, bar)}
+    starting = collections.defaultdict(list)
     for note in melody:
-        cuts.update((note.onset, note.end))
-    for beat in {time - time % BEAT for time in cuts if time % 3}:
-        cuts.update((max(first, beat), beat + BEAT))
-    cuts = sorted(cuts)
-    sounding = {cut: [] for cut in cuts}
-    for note in melody:
-        for cut in cuts[bisect.bisect_left(cuts, note.onset):bisect.bisect_left(cuts, note.end)]:
-            sounding[cut].append(note)
-    slices = [(onset, end, onset % 3 > 0 or end % 3 > 0) for onset, end in zip(cuts, cuts[1:])]
-    sizes = {}   # beat -> how many slices its triplet has
-    for onset, _, in_triplet in slices:
-        sizes[onset // BEAT] = sizes.get(onset // BEAT, 0) + in_triplet
+        starting[note.onset].append(note)
+    cuts = {first, end, *symbols, *starting, *(note.end for note in melody), *range(bar, end, bar)}
+    for beat in {cut // BEAT for cut in cuts if cut % 3}:
+        cuts |= {max(first, beat * BEAT), (beat + 1) * BEAT}
+    slices = [(onset, end, onset % 3 > 0 or end % 3 > 0) for onset, end in itertools.pairwise(sorted(cuts))]
+    # beat -> how many slices its triplet has
+    sizes = collections.Counter(onset // BEAT for onset, _, in_triplet in slices if in_triplet)
     bars = []
+    sounding = []
     for onset, end, in_triplet in slices:
         if not bars or onset % bar == 0:
             bars.append('')
@@ -1043,7 +1022,8 @@ def write_music(melody, chords, first, bar, beam, staff):
             bars[-1] += ' '
         if in_triplet and onset // BEAT in sizes:
             bars[-1] += f'(3:2:{sizes.pop(onset // BEAT)}'.replace('(3:2:3', '(3')
-        bars[-1] += symbols.get(onset, '') + write_slice(sorted(sounding[onset]), onset, end, in_triplet, staff)
+        sounding = [note for note in sounding if note.end > onset] + starting[onset]
+        bars[-1] += symbols.get(onset, '') + write_slice(sorted(sounding), onset, end, in_triplet, staff)
     count = 4 + (first % bar > 0)   # a pickup stands on the line of the first four bars
     lines = [bars[:count]] + [bars[i:i + 4] for i in range(count, len(bars), 4)]
     return '|\n'.join('|'.join(line) for line in lines) + '|]'
@@ -1052,16 +1032,13 @@ def write_music(melody, chords, first, bar, beam, staff):
 def write_slice(notes, onset, end, in_triplet, staff):
     """What sounds from onset to end: one note or chord, or several tied ones if no single note is so long."""
     pieces = []
-    left = end - onset
-    if in_triplet:   # three take the time of two
-        left *= Fraction(3, 2)
+    left = Fraction(end - onset, 8 if in_triplet else 12)   # in eighths; three of a triplet take the time of two
     while left:
-        length = left if in_triplet else max((single for single in SINGLE if single <= left), default=left)
-        left -= length
-        above, below = (Fraction(length) / UNIT).as_integer_ratio()
-        lasts = str(above) * (above > 1) + {1: '', 2: '/'}.get(below, f'/{below}')
-        names = [staff.note(note.key) + lasts + '-' * (left > 0 or note.end > end) for note in notes]
-        piece = ''.join(names) or 'z' + lasts
+        length = left if in_triplet else next((single for single in SINGLE if single <= left), left)
+        left -= Fraction(length)
+        text = re.sub(r'^1\b', '', str(Fraction(length))).replace('/2', '/')
+        names = [staff.note(note.key) + text + '-' * (left > 0 or note.end > end) for note in notes]
+        piece = ''.join(names) or 'z' + text
         pieces.append(f'[{piece}]' if len(names) > 1 else piece)
     return ' '.join(pieces)
 

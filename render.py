@@ -67,8 +67,7 @@ def add_room(sound):
     size = 1 << (length + len(t)).bit_length()
     spectrum = np.fft.rfft(sound.mean(0), size)
     for side, response in zip(sound, answer):
-        echo = np.fft.irfft(spectrum * np.fft.rfft(response, size))
-        side += echo[:length]
+        side += np.fft.irfft(spectrum * np.fft.rfft(response, size))[:length]
 
 
 def accents(onset, metre, pickup):
@@ -76,13 +75,10 @@ def accents(onset, metre, pickup):
     bar = bar_beats(metre)
     count = int(metre.split('/')[0])
     # in 6/8, 9/8 and 12/8 three eighths are a beat
-    if count in (6, 9, 12):
-        count /= 3
-    velocity = np.full(len(onset), 0.7)
-    for period, loudness in ((bar / count, 0.85), (bar, 1.0)):
-        off = (onset - pickup + 0.05) % period
-        velocity[off < 0.1] = loudness
-    return velocity
+    beat = bar / count * (3 if count in (6, 9, 12) else 1)
+    # players are never quite on the beat
+    place = onset - pickup + 0.05
+    return np.select([place % bar < 0.1, place % beat < 0.1], [1.0, 0.85], 0.7)
 
 
 def synthesise(notes, tempo=120.0, metre='4/4', pickup=0.0):
@@ -109,14 +105,12 @@ def synthesise(notes, tempo=120.0, metre='4/4', pickup=0.0):
 
     damper = np.cos(np.linspace(0, np.pi / 2, 6000)) ** 2
     sound = np.zeros((2, max(start + held) + RATE), dtype=np.float32)
-    tones = {}
-    for i, tone in enumerate(zip(notes[:, 0], velocity)):
-        if tone not in tones:
-            tones[tone] = piano_tone(*tone, held.max() / RATE + 1)
+    struck = list(zip(notes[:, 0], velocity))
+    tones = {tone: piano_tone(*tone, held.max() / RATE + 1) for tone in set(struck)}
+    for i, tone in enumerate(struck):
         note = tones[tone][:held[i] + len(damper)].copy()
         note[held[i]:] *= damper
-        end = start[i] + len(note)
-        sound[:, start[i]:end] += np.outer(gain[:, i], note)
+        sound[:, start[i]:start[i] + len(note)] += np.outer(gain[:, i], note)
     add_room(sound)
     sound *= 0.9 * 32767 / np.abs(sound).max()
     return np.round(sound).astype(np.int16).T
@@ -139,20 +133,17 @@ def write_wav(notes, path, tempo=120.0, metre='4/4', pickup=0.0):
 # Text and lines of colour have a contrast of 4.5:1 or more, to a white page and to a dark one
 STYLE = '''svg{color:#57606a;font:11px sans-serif}path{fill:none;stroke:currentColor}text{fill:currentColor}
 .title{font-size:14px;color:#1f2328}.end{text-anchor:end}.mid{text-anchor:middle}
-.line{stroke-opacity:.4}.prompt{stroke-opacity:.25}
+.grey{stroke-opacity:.7}.line{stroke-opacity:.4}.prompt{stroke-opacity:.25}
 .c0{color:#c2410c}.c1{color:#2563eb}.c2{color:#15803d}.c3{color:#a21caf}.c4{color:#0e7490}.c5{color:#854d0e}
 @media(prefers-color-scheme:dark){svg{color:#9aa4af}.title{color:#e6edf3}
 .c0{color:#fb923c}.c1{color:#60a5fa}.c2{color:#4ade80}.c3{color:#e879f9}.c4{color:#22d3ee}.c5{color:#facc15}}'''
-# width of a page, of the margin left of a roll, and of 16 bars, in pixels
-PAGE = 960
+# pixels left of a piano roll; a line of 16 bars fills the page of 960
 LEFT = 40
-WIDE = 912
-NAMES = 'A A# B C C# D D# E F F# G G#'.split()
 
 
 def label(words):
     """The start of a name, without what XML cannot hold."""
-    return escape(''.join(c for c in words[:28] if c.isprintable()))
+    return escape(''.join(c for c in words[:24] if c.isprintable()))
 
 
 def colour(i):
@@ -177,53 +168,51 @@ class Drawing:
 
     def svg(self, title):
         """The whole file: bytes."""
-        size = f'viewBox="0 0 {PAGE} {self.bottom}" width="{PAGE}" height="{self.bottom}"'
+        size = f'viewBox="0 0 960 {self.bottom}" width="960" height="{self.bottom}"'
         head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><title>{title}</title><style>{STYLE}</style>'
         return '\n'.join([head, *self.elements, '</svg>\n']).encode()
 
 
-def draw_roll(drawing, notes, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=None):
+def draw_roll(drawing, notes, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=None, styles=('c0', 'c1')):
     """Add notes (N, 3) to a Drawing as a piano roll of 16 bars a line, each beginning with the pickup to its first bar.
 
-    The first prompt_beats stand on a shaded ground. lines: how many are drawn, of all."""
+    The first prompt_beats stand on a shaded ground. lines: how many are drawn, of all. styles: of melody and chords."""
     notes = as_notes(notes)
     melody = is_melody(notes)
     bar = bar_beats(metre)
-    beats = notes[:, 2].max(initial=max(prompt_beats, 1))
-    bars = math.ceil(beats / bar - 1e-6)
-    beat = WIDE / (16 * bar)
+    bars = math.ceil(notes[:, 2].max(initial=max(prompt_beats, 1)) / bar - 1e-6)
     # whole octaves, that of middle C among them
     octave = (notes[:, 0] + 9) // 12
     octaves = range(int(octave.min(initial=4)), int(octave.max(initial=4)) + 1)
-    height = 60 * len(octaves)
     for first in range(0, bars, 16)[:lines]:
-        numbers = range(first, min(first + 16, bars))
+        last = min(first + 16, bars)
         top = drawing.bottom
-        bottom = top + height
-        # where beat 0 would stand, and where this line ends
-        start = LEFT - first * bar * beat
-        right = LEFT + len(numbers) * bar * beat
-        prompt = min(start + prompt_beats * beat, right)
+        bottom = top + 60 * len(octaves)
+
+        def place(bars):
+            """Where so many bars of the tune are over, in pixels."""
+            return LEFT + 57 * (np.clip(bars, first, last) - first)
+
+        right = place(last)
+        prompt = place(prompt_beats / bar)
         if prompt > LEFT:
-            drawing.strokes('prompt', height, f'M{LEFT} {top + height / 2}H{prompt:g}')
+            drawing.strokes('prompt', bottom - top, f'M{LEFT} {(top + bottom) / 2}H{prompt:g}')
         for i, number in enumerate(octaves):
-            y = bottom - 60 * i
-            drawing.strokes('line', 1, f'M{LEFT} {y}H{right:g}')
-            drawing.text(LEFT - 6, y, f'C{number}', 'end')
-        for i in numbers:
-            x = start + (pickup + i * bar) * beat
+            drawing.strokes('line', 1, f'M{LEFT} {bottom - 60 * i}H{right:g}')
+            drawing.text(LEFT - 6, bottom - 60 * i, f'C{number}', 'end')
+        for number in range(first, last):
+            x = place(number + pickup / bar)
             drawing.strokes('line', 1, f'M{x:g} {top}V{bottom}')
-            drawing.text(x + 2, bottom + 12, i + 1)
-        x = np.clip(start + notes[:, 1:] * beat, LEFT, right)
+            drawing.text(x + 2, bottom + 12, number + 1)
         y = bottom - 5 * (notes[:, 0] + 9.5 - 12 * octaves[0])
-        for style, part in ((colour(0), melody), (colour(1), ~melody)):
-            marks = []
-            for (begin, end), level in zip(x[part], y[part]):
-                if begin < end:
-                    # a pixel less than its length tells a note from the next one on its key
-                    end = max(end - 1, begin + 1)
-                    marks.append(f'M{begin:.1f} {level:g}H{end:.1f}')
-            drawing.strokes(style, 4.5, ''.join(marks))
+        begin, end = place(notes[:, 1:].T / bar)
+        for style, part in zip(styles, (melody, ~melody)):
+            marks = ''
+            for i in np.flatnonzero(part & (begin < end)):
+                # a pixel less than its length tells a note from the next one on its key
+                stop = max(end[i] - 1, begin[i] + 1)
+                marks += f'M{begin[i]:.1f} {y[i]:g}H{stop:.1f}'
+            drawing.strokes(style, 4.5, marks)
         drawing.bottom = bottom + 30
 
 
@@ -233,8 +222,8 @@ def write_svg(notes, path, metre='4/4', pickup=0.0, prompt_beats=0.0, title=''):
     The first prompt_beats stand on a shaded ground. Raises UserError if the file cannot be written."""
     drawing = Drawing()
     drawing.text(LEFT, 16, label(title), 'title')
-    drawing.text(840, 16, '■ melody', colour(0))
-    drawing.text(900, 16, '■ chords', colour(1))
+    drawing.text(840, 16, '■ melody', 'c0')
+    drawing.text(900, 16, '■ chords', 'c1')
     drawing.bottom = 28
     draw_roll(drawing, notes, metre, pickup, prompt_beats)
     write_whole(path, drawing.svg(label(title)))
@@ -244,15 +233,14 @@ def terminal_roll(notes, width=80):
     """The start of a tune as text: a line for each key that is played, four columns a beat."""
     columns = width - 5
     notes = np.round(as_notes(notes) * [1, 4, 4]).astype(int)
-    shown = notes[notes[:, 1] < columns]
+    canvas = np.full((88, columns), ' ')
+    for key, onset, end in notes:
+        canvas[key, onset:end] = '─'
+        canvas[key, onset:onset + 1] = '■'
     lines = []
-    for key in np.unique(shown[:, 0])[::-1]:
-        line = [' '] * columns
-        for _, onset, end in shown[shown[:, 0] == key]:
-            line[onset:end] = '─' * (end - onset)
-            line[onset] = '■'
-        name = f'{NAMES[key % 12]}{(key + 9) // 12}'
-        lines.append(f'{name:5}' + ''.join(line[:columns]).rstrip())
+    for key in np.flatnonzero((canvas != ' ').any(1))[::-1]:
+        name = 'A A# B C C# D D# E F F# G G#'.split()[key % 12]
+        lines.append(f'{name}{(key + 9) // 12}'.ljust(5) + ''.join(canvas[key]).rstrip())
     beats = math.ceil(notes[:, 2].max(initial=0) / 4)
     return '\n'.join([*lines, f'beats 1 to {min(beats, columns // 4)} of {beats}'])
 
@@ -280,34 +268,31 @@ def ticks(low, high):
 
 def draw_chart(drawing, runs):
     """Add the validation losses {name: points} to a Drawing, by iterations and by minutes."""
-    # the untrained model, and what falls from there in the first tenth of a run, would flatten the rest
-    late = [points[(len(points) + 8) // 10:] for points in runs.values()]
-    losses = np.concatenate(late)[:, 2]
-    range_y = (losses.min() - 0.01, losses.max() + 0.01)
     top = drawing.bottom + 34
     bottom = top + max(280, 14 * len(runs))
     drawing.text(8, top - 18, 'validation loss in nats a frame, and the lowest of each run', 'title')
-    for loss in ticks(*range_y):
-        y = np.interp(loss, range_y, (bottom, top))
+    for i, (name, points) in enumerate(runs.items()):
+        drawing.text(778, top + 10 + 14 * i, f'{label(name)} {points[:, 2].min():.3f}', colour(i))
+    # the untrained model, and what falls from there in the first tenth of a run, would flatten the rest
+    curves = [points[(len(points) + 8) // 10:] for points in runs.values()]
+    highest = np.concatenate(curves).max(0)
+    lowest = np.concatenate(curves).min(0)
+    losses = lowest[2] - 0.01, highest[2] + 0.01
+    for loss in ticks(*losses):
+        y = np.interp(loss, losses, (bottom, top))
         drawing.text(38, y + 4, f'{loss:g}', 'end')
         drawing.strokes('line', 1, f'M44 {y:g}h350m24 0h350')
-    for panel, unit in enumerate(('iterations', 'minutes')):
-        left = 44 + 374 * panel
-        pixels = (left, left + 350)
-        range_x = (0, max(points[-1, panel] for points in late) or 1)
+    for axis, unit, left in ((0, 'iterations', 44), (1, 'minutes', 418)):
         drawing.text(left + 175, bottom + 32, unit, 'mid')
-        for tick in ticks(*range_x):
-            x = np.interp(tick, range_x, pixels)
-            drawing.text(x, bottom + 16, f'{tick:g}', 'mid')
-        for i, points in enumerate(late):
-            x = np.interp(points[:, panel], range_x, pixels)
-            y = np.interp(points[:, 2], range_y, (bottom, top))
+        last = highest[axis] or 1
+        for tick in ticks(0, last):
+            drawing.text(left + 350 * tick / last, bottom + 16, f'{tick:g}', 'mid')
+        for i, points in enumerate(curves):
+            x = left + 350 * points[:, axis] / last
+            y = np.interp(points[:, 2], losses, (bottom, top))
             places = [f'{a:.1f} {b:.1f}' for a, b in zip(x, y)]
             # with a dash at the end, which also shows a single point
             drawing.strokes(colour(i), 2, f'M{"L".join(places)}h4')
-    for i, (name, points) in enumerate(runs.items()):
-        lowest = points[:, 2].min()
-        drawing.text(778, top + 10 + 14 * i, f'{label(name)} {lowest:.3f}', colour(i))
     drawing.bottom = bottom + 40
 
 

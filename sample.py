@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import compare
 import data
 import notation
 import render
@@ -60,8 +61,8 @@ def parse_args():
     add_options(
         parser, 'what is written',
         ('out', None, Path, 'name of the files, .mid, .abc, .wav and .svg (default: that of the checkpoint)'),
-        ('key', None, key_signature, 'move the tune to this key: C, F#, Bb, Am, ... (default: where it was composed)'),
-        ('check_copies', True, FLAG, 'tell the longest stretch that stands in a training song, too'),
+        ('key', None, key_signature, 'move the tune to this key: C, F#, Bb, Am, ... '
+         '(default: that of the prompt, or the signature of most training tunes)'),
         ('tempo', None, number(float, 4, 1000), 'beats a minute (default: that of the prompt or the training tunes)'))
     return parser.parse_args()
 
@@ -151,32 +152,49 @@ def candidates(model, representation, opening, args, generator):
     return found
 
 
-def best(tunes, usual, count):
-    """The count best tunes, the best first: those that the model ended itself, and of these those whose nats a frame
-    are nearest to what real tunes have. Far above is noise, far below is one bar over and over."""
-    return sorted(tunes, key=lambda tune: (not tune.ended, abs(tune.nats - usual)))[:count]
+def best(tunes, songs, book, count):
+    """The count best tunes, the best first: those that are most like a training song. A tune is a point, its features
+    (see compare.py) in units of their spread among the songs; it is as good as the nearest song is near."""
+    if len(tunes) <= count or not songs:
+        return sorted(tunes, key=lambda tune: not tune.ended)[:count]
+    real = points([(song.notes, True) for song in songs], book)
+    composed = points([(tune.song.notes, tune.ended) for tune in tunes], book)
+    apart = np.abs(composed[:, None] - real) / (real.std(0) + 1e-3)     # (tunes, songs, features)
+    nearest = apart.mean(2).min(1)
+    return [tunes[i] for i in np.argsort(nearest, kind='stable')[:count]]
 
 
-def key_shift(song, sharps):
-    """Semitones, -6..5, from the key signature of a Song to that of so many sharps."""
-    return (7 * (sharps - song.sharps) + 6) % 12 - 6
+def points(tunes, book):
+    """[(notes, did it end by itself?)] to (tunes, features); what a tune has nothing of counts as 0."""
+    rows = []
+    for notes, ended in tunes:
+        found = compare.features(notes, book, ended)
+        del found['copied']         # a training song is a copy of itself
+        rows.append(list(found.values()))
+    return np.nan_to_num(np.array(rows, dtype=float))
 
 
-def finished(song, opening, args, moved):
-    """The Song as it is written: without the prompt if so asked, in the key that is asked or the prompt's."""
-    notes = song.notes.copy()
+def key_shift(song, args, moved, meta):
+    """Semitones from where a Song was composed to where it is played: in the key that is asked for, in that of the
+    prompt, which was moved, or in the key signature of most training tunes."""
+    sharps = meta['sharps'] if meta['common_key'] and not args.prompt else None
+    if args.key:
+        sharps, _ = args.key
+    return -moved if sharps is None else (7 * (sharps - song.sharps) + 6) % 12 - 6
+
+
+def finished(song, opening, args, moved, meta):
+    """The Song as it is written: without the prompt if so asked, in its key."""
     if args.no_prompt and len(opening.notes):
         begin = opening.notes[:, 2].max()
-        notes = notes[notes[:, 1] >= begin - 1e-6] - [0, begin, begin]
+        notes = song.notes[song.notes[:, 1] >= begin - 1e-6] - [0, begin, begin]
         if not len(notes):
             raise UserError('nothing new was struck after the prompt: use another --seed, or leave --no_prompt out')
         song = with_key_and_metre(song._replace(notes=notes, metre=None, pickup=None, text=None))
-    shift = -moved if args.key is None else key_shift(song, args.key[0])
-    if shift:
-        sharps, minor = args.key or notation.estimate_key(notes + [shift, 0, 0])
-        song = song._replace(sharps=sharps, minor=minor, text=None)
-    notes[:, 0] += shift
-    return song._replace(notes=notes[(notes[:, 0] >= 0) & (notes[:, 0] < KEYS)])
+    song = data.moved(song, key_shift(song, args, moved, meta))
+    if args.key:
+        song = song._replace(sharps=args.key[0], minor=args.key[1])
+    return song._replace(notes=song.notes[(song.notes[:, 0] >= 0) & (song.notes[:, 0] < KEYS)])
 
 
 def write(song, name, tempo, prompt_beats):
@@ -196,14 +214,13 @@ def write(song, name, tempo, prompt_beats):
     return line + f', {simplified} notes simplified in the .abc' * bool(simplified)
 
 
-def training_book(meta, representation):
-    """The training songs of a checkpoint, for data.longest_copy; None if they are gone."""
+def training_songs(meta):
+    """The training songs of a checkpoint, for their notes alone; none if they are gone."""
     try:
-        # for their notes alone, so as the frames that are made fastest
-        songs = data.load(meta['data'], log=lambda line: None).songs['train']
+        # so they are made into the frames that are made fastest
+        return data.load(meta['data'], log=lambda line: None).songs['train']
     except UserError:
-        return None
-    return data.copy_book([data.intervals(song.notes, representation.steps_per_beat) for song in songs])
+        return []
 
 
 def check_size(args, model, representation):
@@ -239,23 +256,24 @@ def main():
     torch.set_num_threads(1)        # a frame is too little work to share between cores
     tunes = candidates(model, representation, frames, args, generator)
     tempo = args.tempo or (opening.tempo if args.prompt else meta['tempo'])
-    book = training_book(meta, representation) if args.check_copies else None
     prompt_beats = 0.0 if args.no_prompt else opening.notes[:, 2].max(initial=0)
-    for name, tune in zip(names, best(tunes, checkpoint['valid'], args.num_samples)):
-        song = finished(tune.song, opening, args, moved)
+    songs = training_songs(meta)
+    book = data.copy_book([data.intervals(song.notes, compare.GRID) for song in songs])
+    every = math.ceil(len(songs) / compare.TRAINING) or 1
+    for name, tune in zip(names, best(tunes, songs[::every], book, args.num_samples)):
+        song = finished(tune.song, opening, args, moved, meta)
         line = write(song, name, tempo, prompt_beats)
         line += f', {tune.nats:.3f} nats/frame, {len(song.notes)} notes, {song.notes[:, 2].max(initial=0):g} beats'
-        if book is not None:
-            steps = representation.steps_per_beat
-            copied = data.longest_copy(data.intervals(song.notes, steps), book) / steps
+        if songs:
+            copied = data.longest_copy(data.intervals(song.notes, compare.GRID), book) / compare.GRID
             line += f', at most {copied:g} beats in a row copied'
         print(line)
         if name == names[0]:
             print(render.terminal_roll(song.notes))
-    if book is not None:
+    if songs:
         print(f'copies are looked for in the training songs of {meta["data"]}, in every transposition')
-    elif args.check_copies:
-        print(f'whether it copied is not known, since {meta["data"]} is not there any more')
+    else:
+        print(f'whether it copied, and which are the best, is not known, since {meta["data"]} is not there any more')
 
 
 if __name__ == '__main__':

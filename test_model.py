@@ -17,7 +17,6 @@ import random
 import re
 import resource
 import runpy
-import shlex
 import shutil
 import signal
 import socket
@@ -25,13 +24,13 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import wave
 import xml.etree.ElementTree as ET
 import zipfile
+from collections import Counter
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import mido
 import numpy as np
@@ -60,6 +59,14 @@ HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------------------------------------------------
 # notation.py: files, MIDI, keys, metre
+
+
+def rows_of(text):
+    """Rows (MIDI note, onset, end) from words such as 60,64:0-1/2, two notes in the first half beat."""
+    rows = []
+    for keys, onset, end in re.findall(r'(\S+):(\S+)-(\S+)', text):
+        rows += [(int(key), float(notation.Fraction(onset)), float(notation.Fraction(end))) for key in keys.split(',')]
+    return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
 def midi_track(text):
@@ -103,20 +110,19 @@ def test_files_that_are_no_plain_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / 'fifo')
     (tmp_path / 'file').write_bytes(b'what was there')
     (tmp_path / 'link').symlink_to(tmp_path / 'file')
-    (tmp_path / 'folder').mkdir()
-    for path in (tmp_path / 'fifo', tmp_path / 'folder', tmp_path / 'nowhere', '/dev/zero'):
-        with pytest.raises(notation.UserError, match=f'cannot read {path}'):
+    for path in (tmp_path / 'fifo', tmp_path, tmp_path / 'nowhere', '/dev/zero'):
+        with pytest.raises(UserError, match=f'cannot read {path}'):
             notation.read_bytes(path, 100)
-    for name in ('fifo', 'folder', '/dev/null', 'link', 'none/file', 'file/file', 'x' * 300):
-        with pytest.raises(notation.UserError, match='cannot write'):
+    for name in ('fifo', '.', '/dev/null', 'link', 'none/file', 'file/file', 'x' * 300):
+        with pytest.raises(UserError, match='cannot write'):
             notation.write_whole(tmp_path / name, b'new')
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['fifo', 'file', 'folder', 'link']
     assert notation.read_bytes(tmp_path / 'link') == b'what was there'
-    with pytest.raises(notation.UserError, match='larger than'):
+    with pytest.raises(UserError, match='larger than'):
         notation.read_bytes(tmp_path / 'file', 5)
-    notation.write_whole(tmp_path / 'file', b'new')
-    notation.write_whole(str(tmp_path / 'other'), b'new')
-    assert notation.read_bytes(tmp_path / 'file', 3) == notation.read_bytes(str(tmp_path / 'other')) == b'new'
+    for path in (tmp_path / 'file', str(tmp_path / 'other')):
+        notation.write_whole(path, b'new')
+        assert notation.read_bytes(path, 3) == b'new'
+    assert sorted(os.listdir(tmp_path)) == ['fifo', 'file', 'link', 'other']
 
 
 def test_files_keep_what_they_had_if_writing_fails(tmp_path, monkeypatch):
@@ -127,7 +133,7 @@ def test_files_keep_what_they_had_if_writing_fails(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(notation.UserError, match='a.pt .No space left'):
+    with pytest.raises(UserError, match='a.pt .No space left'):
         notation.write_whole(path, b'new')
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['a.pt']
 
@@ -144,7 +150,7 @@ def test_files_only_parts_of_dead_processes_are_cleared(tmp_path):
 
 
 def test_files_messages_are_one_short_line():
-    message = str(notation.UserError('one\ntwo\x1b[2J\ud800' + 'x' * 1000))
+    message = str(UserError('one\ntwo\x1b[2J\ud800' + 'x' * 1000))
     assert message.isprintable() and message.startswith('one?two?[2J?x') and len(message) == 300
 
 
@@ -152,77 +158,65 @@ def test_files_messages_are_one_short_line():
 # MIDI
 
 @pytest.mark.parametrize('tracks, rows', [
-    (['on60 off60+480'], [(60, 0, 1)]),
+    ('on60 off60+480', '60:0-1'),
     # all tracks and channels but percussion
-    (['on60 off60+480', 'on48+240/3 off48+960/3'], [(60, 0, 1), (48, .5, 2.5)]),
-    (['on36/9 on60 off60+480 off36/9'], [(60, 0, 1)]),
+    ('on60 off60+480 | on48+240/3 off48+960/3', '60:0-1 48:1/2-5/2'), ('on36/9 on60 off60+480 off36/9', '60:0-1'),
     # velocity 0; struck again, also with a late release or from another track; twice at once
-    (['on60 on60+480:0 on62+480 off62+480'], [(60, 0, 1), (62, 2, 3)]),
-    (['on60 on60+480 off60+480 off60+480'], [(60, 0, 1), (60, 1, 2)]),
-    (['on60 on60+480 off60 off60+480'], [(60, 0, 1), (60, 1, 2)]),
-    (['on60 off60+1920', 'on60+480/1 off60+480/1'], [(60, 0, 1), (60, 1, 2)]),
-    (['on60 on60/1 off60+480 off60+480/1'], [(60, 0, 2)]),
+    ('on60 on60+480:0 on62+480 off62+480', '60:0-1 62:2-3'), ('on60 on60+480 off60+480 off60+480', '60:0-1 60:1-2'),
+    ('on60 on60+480 off60 off60+480', '60:0-1 60:1-2'), ('on60 off60+1920 | on60+480/1 off60+480/1', '60:0-1 60:1-2'),
+    ('on60 on60/1 off60+480 off60+480/1', '60:0-2'),
     # never released, no length, released only
-    (['on60+480', 'on64 off64+1440'], [(64, 0, 3), (60, 1, 3)]),
-    (['on60+480 off60 on62+480 off62+480'], [(60, 1, 1), (62, 2, 3)]),
-    (['off60 on62+480 off62+480 off62'], [(62, 1, 2)]),
+    ('on60+480 | on64 off64+1440', '64:0-3 60:1-3'), ('on60+480 off60 on62+480 off62+480', '60:1-1 62:2-3'),
+    ('off60 on62+480 off62+480 off62', '62:1-2'),
     # the sustain pedal: held, down at the release, up at the release, half way, not down
-    (['pedal127 on60 off60+480 pedal0+480'], [(60, 0, 2)]), (['on60 off60+480 pedal127 pedal0+480'], [(60, 0, 2)]),
-    (['pedal127 on60 pedal0+480 off60'], [(60, 0, 1)]),
-    (['pedal64 on60 off60+480 pedal90+240 pedal63+240'], [(60, 0, 2)]),
-    (['pedal63 on60 off60+480 pedal0+480'], [(60, 0, 1)]),
-    # struck again, of another channel, to the end of the file, up too early
-    (['pedal127 on60 off60+240 on60+240 off60+240 pedal0+720'], [(60, 0, 1), (60, 1, 3)]),
-    (['pedal127/1 on60 off60+480 pedal0+480/1'], [(60, 0, 1)]),
-    (['pedal127 on60 off60+480 on62+480 off62+480'], [(60, 0, 3), (62, 2, 3)]),
-    (['pedal127 on60 pedal0+240 off60+240'], [(60, 0, 1)]),
+    ('pedal127 on60 off60+480 pedal0+480', '60:0-2'), ('on60 off60+480 pedal127 pedal0+480', '60:0-2'),
+    ('pedal127 on60 pedal0+480 off60', '60:0-1'), ('pedal64 on60 off60+480 pedal90+240 pedal63+240', '60:0-2'),
+    ('pedal63 on60 off60+480 pedal0+480', '60:0-1'),
+    # struck again, of another channel, to the end of the file
+    ('pedal127 on60 off60+240 on60+240 off60+240 pedal0+720', '60:0-1 60:1-3'),
+    ('pedal127/1 on60 off60+480 pedal0+480/1', '60:0-1'),
+    ('pedal127 on60 off60+480 on62+480 off62+480', '60:0-3 62:2-3'),
 ])
 def test_midi_notes(tmp_path, tracks, rows):
+    tracks = tracks.split(' | ')
     content = midi_bytes(*tracks, kind=len(tracks) > 1)
     (tmp_path / 'a.mid').write_bytes(content)
     song = notation.read_midi(tmp_path / 'a.mid')
-    assert midi_rows(song) == rows and song.dropped == 0 and song.name == 'a.mid'
-    assert midi_rows(notation.read_midi(io.BytesIO(content))) == midi_rows(notation.read_midi(content)) == rows
+    assert midi_rows(song) == rows_of(rows) and song.dropped == 0 and song.name == 'a.mid'
+    assert midi_rows(notation.read_midi(io.BytesIO(content))) == midi_rows(notation.read_midi(content)) == rows_of(rows)
 
 
-EVENTS = {
-    'no such key': b'\xff\x59\x02\xee\x01', 'no such mode': b'\xff\x59\x02\xfe\xff', 'key of 1 byte': b'\xff\x59\x01\0',
-    'tempo of 2 bytes': b'\xff\x51\x02\x07\xa1', 'tempo 0': b'\xff\x51\x03\0\0\0', 'of 4': b'\xff\x51\x04\1\1\1\1',
-    'volume 168': b'\xb0\x07\xa8', 'pedal 200': b'\xb0\x40\xc8', 'controller 255': b'\xb0\xff\0',
-    'program': b'\xc0\xff', 'pressure 128': b'\xd0\x80', 'bend above': b'\xe0\x80\xff', 'note 128': b'\x90\x80\x50',
-    'release': b'\x80\xc8\0',
-    'no time signature': b'\xff\x58\x01\4', '2^200': b'\xff\x58\x04\4\xc8\x18\x08', '0': b'\xff\x58\x04\0\2\x18\x08',
-    'no such status': b'\xf4', 'clock': b'\xf8', 'song position': b'\xf2\1\2', 'unknown text': b'\xff\x7e\3abc',
-    'text of 400': b'\xff\x05\x83\x10' + b'\xe6\xad\x8c\xff' * 100, 'sysex of 5000': b'\xf0\xa7\x08' + b'\xff' * 5000,
-    'port': b'\xff\x21\1\0', 'long zero': b'\xff\x01\x80\x80\x80\x80\0'}
-FILES = {
-    'alien chunk': midi_raw(before=b'XFIH\0\0\0\4abcd'), 'bytes at the end': midi_raw(after=b'\0\0tail'),
-    'alien chunk, no end before': midi_raw(end=b'', after=b'XFIH\0\0\0\4\x90\x90\x90\x90'),
-    'bytes between tracks': midi_raw(after=b'\x85\0\0' + midi_chunk(b'\0\xff\x2f\0'), count=2),
-    'length 3 too long': midi_raw(length=3), 'length 3 too short': midi_raw(length=-3),
-    'length 0': midi_raw(length=-22), 'length without the second note': midi_raw(length=-18),
-    'length of a megabyte': midi_raw(length=1 << 20),
-    'length into the next track': midi_raw(length=3, after=midi_chunk(b'\0\xff\x2f\0')),
-    'no end of track': midi_raw(end=b''), 'too few tracks': midi_raw(count=3), 'count 0': midi_raw(count=0),
-    'RIFF': b'RIFF' + struct.pack('<I', 56) + b'RMIDdata' + struct.pack('<I', 44) + midi_raw()}
+# what makes no sense, or is no music, between the two notes
+EVENTS = [
+    # keys, tempos, data bytes above 127, time signatures, other statuses, long texts and blocks, a long number
+    b'\xff\x59\x02\xee\x01', b'\xff\x59\x02\xfe\xff', b'\xff\x59\x01\0', b'\xff\x51\x02\x07\xa1', b'\xff\x51\x03\0\0\0',
+    b'\xff\x51\x04\1\1\1\1', b'\xb0\x07\xa8', b'\xb0\x40\xc8', b'\xb0\xff\0', b'\xc0\xff', b'\xd0\x80', b'\xe0\x80\xff',
+    b'\x90\x80\x50', b'\x80\xc8\0', b'\xff\x58\x01\4', b'\xff\x58\x04\4\xc8\x18\x08', b'\xff\x58\x04\0\2\x18\x08',
+    b'\xf4', b'\xf8', b'\xf2\1\2', b'\xff\x7e\3abc', b'\xff\x05\x83\x10' + b'\xe6\xad\x8c\xff' * 100,
+    b'\xf0\xa7\x08' + b'\xff' * 5000, b'\xff\x01\x80\x80\x80\x80\0']
+EMPTY_TRACK = midi_chunk(b'\0\xff\x2f\0')
+FILES = [
+    # chunks of another kind, bytes between tracks and at the end
+    midi_raw(before=b'XFIH\0\0\0\4abcd'), midi_raw(end=b'', after=b'XFIH\0\0\0\4\x90\x90\x90\x90'),
+    midi_raw(after=b'\x85\0\0' + EMPTY_TRACK, count=2), midi_raw(after=b'\0\0tail'),
+    # wrong lengths and counts, a length into the next track, no end of track
+    *[midi_raw(length=length) for length in (3, -3, -22, -18, 1 << 20)], midi_raw(length=3, after=EMPTY_TRACK),
+    midi_raw(end=b''), midi_raw(count=3), midi_raw(count=0),
+    b'RIFF' + struct.pack('<I', 56) + b'RMIDdata' + struct.pack('<I', 44) + midi_raw()]
 
 
-@pytest.mark.parametrize('content', [midi_raw(b'\0' + event) for event in EVENTS.values()] + list(FILES.values()),
-                         ids=list(EVENTS) + list(FILES))
+@pytest.mark.parametrize('content', [midi_raw(b'\0' + event) for event in EVENTS] + FILES)
 def test_midi_opens_what_every_player_opens(content):
     song = notation.read_midi(content)
     assert midi_rows(song) == [(60, 0, 1), (64, 1, 2)]
     assert song.tempo == 120 and song.sharps is None and song.metre is None
 
 
-def test_midi_running_status_and_a_loud_note():
+def test_midi_running_status_loud_notes_dropped_notes_and_silence():
     running = b'\0\x90\x3c\x50\x83\x60\x3c\0\0\x40\x50\0\xff\1\1x\x83\x60\x40\0\0\xff\x2f\0'
-    assert midi_rows(notation.read_midi(midi_raw()[:14] + midi_chunk(running))) == [(60, 0, 1), (64, 1, 2)]
     loud = midi_raw().replace(b'\x90\x40\x50', b'\x90\x40\xc8').replace(b'\x80\x40\0', b'\x80\x40\xff')
-    assert midi_rows(notation.read_midi(loud)) == [(60, 0, 1), (64, 1, 2)]
-
-
-def test_midi_outside_the_piano_and_silence_at_the_end_are_told():
+    for content in (midi_raw()[:14] + midi_chunk(running), loud):
+        assert midi_rows(notation.read_midi(content)) == [(60, 0, 1), (64, 1, 2)]
     song = notation.read_midi(midi_bytes('on20 off20+96 on21 off21+96 on108 off108+96 on109 off109+96 on127', ticks=96))
     assert midi_rows(song) == [(21, 1, 2), (108, 2, 3)] and song.dropped == 3
     assert notation.read_midi(midi_bytes('on60 off60+480 pedal0+960')).silence == 2
@@ -242,21 +236,21 @@ def test_midi_first_tempo_key_and_metre():
     assert late.tempo == 120 and late.sharps is None and late.metre is None
 
 
-def test_midi_refused(tmp_path):
-    good = midi_bytes('on60 off60+480')
-    wrong = dict(type_2=good[:9] + b'\2' + good[10:], smpte=good[:12] + struct.pack('>h', -25 << 8) + good[14:],
-                 empty=b'', cut=good[:-7], text=b'no music', endless=good[:22] + b'\xff' * 100_000, head=good[:14],
-                 huge=b'MThd' + bytes(5 << 20), no_ticks=good[:12] + b'\0\0' + good[14:], cut_head=good[:9],
-                 no_status=good[:22] + b'\0' * 9)
-    for name, content in wrong.items():
-        path = tmp_path / f'{name}.mid'
-        path.write_bytes(content)
-        with pytest.raises(notation.UserError, match=f'{name}.mid.*: ') as e:
-            notation.read_midi(path)
-        assert '\n' not in str(e.value)
-        with pytest.raises(notation.UserError, match='member'):
-            notation.read_midi(io.BytesIO(content), 'member')
-    with pytest.raises(notation.UserError, match='nowhere.mid'):
+GOOD = midi_bytes('on60 off60+480')
+
+
+@pytest.mark.parametrize('content', [
+    # type 2, time that is not in beats, cut off, no music, no end, too large, no status
+    GOOD[:9] + b'\2' + GOOD[10:], GOOD[:12] + struct.pack('>h', -25 << 8) + GOOD[14:], GOOD[:12] + b'\0\0' + GOOD[14:],
+    b'', GOOD[:-7], GOOD[:14], GOOD[:9], b'no music', GOOD[:22] + b'\xff' * 100_000, b'MThd' + bytes(5 << 20),
+    GOOD[:22] + b'\0' * 9], ids=len)
+def test_midi_refused(tmp_path, content):
+    (tmp_path / 'a.mid').write_bytes(content)
+    with pytest.raises(UserError, match=r'a.mid .*: .*$'):
+        notation.read_midi(tmp_path / 'a.mid')
+    with pytest.raises(UserError, match='member'):
+        notation.read_midi(io.BytesIO(content), 'member')
+    with pytest.raises(UserError, match='nowhere.mid'):
         notation.read_midi(tmp_path / 'nowhere.mid')
 
 
@@ -279,7 +273,7 @@ def test_midi_write_and_read_back(tmp_path):
     assert (song.sharps, song.metre, song.pickup) == (None, None, None)
     notation.write_midi(notes[:0], tmp_path / 'a.mid', tempo=1)  # written over; slower than MIDI can say
     assert len(notation.read_midi(tmp_path / 'a.mid').notes) == 0
-    with pytest.raises(notation.UserError, match='cannot write'):
+    with pytest.raises(UserError, match='cannot write'):
         notation.write_midi(notes, tmp_path / 'no' / 'a.mid')
     assert os.listdir(tmp_path) == ['a.mid']
 
@@ -318,20 +312,16 @@ def test_keys_names():
 
 def test_keys_estimate_and_shift():
     scale = [(n, i, i + (2 if n in (0, 7) else 1)) for i, n in enumerate((0, 2, 4, 5, 7, 9, 11, 0, 4, 7, 0))]
-    for shift, sharps in zip(range(0, 12), (0, -5, 2, -3, 4, -1, 6, 1, -4, 3, -2, 5)):
-        notes = np.array([(39 + n + shift, a, b) for n, a, b in scale], dtype=float)  # C major, moved up
+    for shift, sharps in enumerate((0, -5, 2, -3, 4, -1, 6, 1, -4, 3, -2, 5)):
+        notes = np.array([(39 + n + shift, a, b) for n, a, b in scale])  # C major, moved up
         assert notation.estimate_key(notes) == (sharps, False)
     minor = np.array([(36 + n, i, i + 1) for i, n in enumerate((0, 0, 3, 7, 0, 2, 3, 5, 7, 8, 7, 0))], dtype=float)
-    assert notation.estimate_key(minor) == (0, True)
-    notes = np.array([[40.0, 0, 1]])
-    shifts = {0: 0, 1: 5, 2: -2, 3: 3, 4: -4, 5: 1, 6: -6, -1: -5, -2: 2, -3: -3, -4: 4, -5: -1, -6: -6, 7: -1, -7: 1}
-    for sharps, shift in shifts.items():
-        assert notation.common_key_shift(notation.Song('', notes, sharps=sharps)) == shift
-    # at the ends of the keyboard: an octave off, or not at all
-    for keys, sharps, shift in (([85], 1, -7), ([1], 2, 10), ([1, 86], 2, 0)):
+    assert notation.estimate_key(minor) == (0, True) and notation.common_key_shift(Song('', minor)) == 0
+    # sharps and shift; at the ends of the keyboard: an octave off, or not at all
+    cases = [(0, 0), (1, 5), (2, -2), (3, 3), (6, -6), (7, -1), (-1, -5), (-2, 2), (-6, -6), (-7, 1)]
+    for keys, sharps, shift in [([40], *case) for case in cases] + [([85], 1, -7), ([1], 2, 10), ([1, 86], 2, 0)]:
         notes = np.array([[key, 0, 1] for key in keys], dtype=float)
-        assert notation.common_key_shift(notation.Song('', notes, sharps=sharps)) == shift
-    assert notation.common_key_shift(notation.Song('', minor)) == 0
+        assert notation.common_key_shift(Song('', notes, sharps=sharps)) == shift
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,19 +335,14 @@ METRE_RHYTHMS = {'2/4': ([.5, .5, .5, .5], [.5, .25, .25, 1]), '3/4': ([2, 1], [
 def metre_tune(metre, pickup):
     """A pickup, then eight bars twice, with a chord in each bar."""
     rng = np.random.default_rng(len(metre) + int(2 * pickup))
-    bar = notation.bar_beats(metre)
     notes = [[51, 0, pickup]] * bool(pickup)
     now = pickup
-    tune = [(rng.integers(48, 60), length) for i in range(8) for length in METRE_RHYTHMS[metre][i % 2]]
-    for _ in range(2):
-        beat = 0
-        for key, length in tune:
-            if beat % bar == 0:
-                root = (20, 25, 27, 20)[int(beat / bar) % 4]
-                notes += [[root + interval, now + beat, now + beat + bar] for interval in (0, 4, 7)]
-            notes.append([key, now + beat, now + beat + length])
-            beat += length
-        now += beat
+    tune = rng.integers(48, 60, (8, 7))
+    for bar in [*range(8)] * 2:
+        notes += [[(20, 25, 27, 20)[bar % 4] + i, now, now + notation.bar_beats(metre)] for i in (0, 4, 7)]
+        for key, length in zip(tune[bar], METRE_RHYTHMS[metre][bar % 2]):
+            notes.append([key, now, now + length])
+            now += length
     return np.array(notes, dtype=float)
 
 
@@ -400,15 +385,6 @@ def test_melody_is_the_highest_at_its_onset():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# notation.py: ABC
-
-# --- imports for development, cut off when appended ---
-
-
-# --- end ---
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # notation: ABC in
 
 def abc_songs(body, head='M:4/4\nL:1/4\nK:C', **more):
@@ -436,13 +412,12 @@ def abc_letters(body, head='M:4/4\nL:1/4\nK:C'):
 
 
 @pytest.mark.parametrize('body, melody', [
-    ("C,, C, C c c'", 'C2:1 C3:1 C4:1 C5:1 C6:1'),
+    ("C,, C, C c c'", 'C2:1 C3:1 C4:1 C5:1 C6:1'), ('C > D', 'C4:1.5 D4:0.5'), ('^F-|F F', '^F4:2 F4:1'),
     ('C2 C/ C/2 C// C/4 C3/2 C3/ C4/', 'C4:2 C4:0.5 C4:0.5 C4:0.25 C4:0.25 C4:1.5 C4:1.5 C4:2'),
     ('^F F f | F _B =B B ^^C __D', '^F4:1 ^F4:1 ^F5:1 F4:1 ^A4:1 B4:1 B4:1 D4:1 C4:1'),
     ('C z C z/ C x2 C | Z | D Z2 E', 'C4:1 z1 C4:1 z0.5 C4:1 z2 C4:1 z4 D4:1 z8 E4:1'),
-    ('C-C D-|D2 E-F C3-\nC .-', 'C4:2 D4:3 E4:1 F4:1 C4:4'), ('^F-|F F', '^F4:2 F4:1'),
+    ('C-C D-|D2 E-F C3-\nC .-', 'C4:2 D4:3 E4:1 F4:1 C4:4'),
     ('C>D C<D C>>D C<<D C>>>D', 'C4:1.5 D4:0.5 C4:0.5 D4:1.5 C4:1.75 D4:0.25 C4:0.25 D4:1.75 C4:1.88 D4:0.125'),
-    ('C > D', 'C4:1.5 D4:0.5'),
     ('(3CDE (2FG (4CDEF A', 'C4:0.667 D4:0.667 E4:0.667 F4:1.5 G4:1.5 C4:0.75 D4:0.75 E4:0.75 F4:0.75 A4:1'),
     ('(5:4CDEFG (3::2C2D E (3:2:4 C/D/EF G', 'C4:0.8 D4:0.8 E4:0.8 F4:0.8 G4:0.8 C4:1.33 D4:0.667 E4:1 '
      'C4:0.333 D4:0.333 E4:0.667 F4:0.667 G4:1'), ('{fg}A {/d}(B .c) ~d !trill!e +turn+f Tg vA uB y4 c`d $',
@@ -460,6 +435,10 @@ def abc_letters(body, head='M:4/4\nL:1/4\nK:C'):
 ])
 def test_abc_melody(body, melody):
     assert abc_melody(body) == melody
+
+
+def test_abc_tuplets_in_compound_time():
+    assert abc_melody('(2CD(5CDEFG', 'M:6/8\nL:1/8\nK:C') == 'C4:0.75 D4:0.75 C4:0.3 D4:0.3 E4:0.3 F4:0.3 G4:0.3'
 
 
 @pytest.mark.parametrize('body, letters', [
@@ -489,39 +468,35 @@ def test_abc_orders_of_parts(order, letters):
     assert abc_letters('P:A\nC|\nP:B\nD|', f'P:{order}\nL:1/4\nK:C') == letters
     assert abc_letters('[P:A]|:C:|[P:B]D|', f'P:{order}\nL:1/4\nK:C') == letters.replace('C', 'CC')
     # each part is in the key in which it is written
-    rows = abc_rows(abc_songs('P:A\nF::\nP:B\nK:D\nF|', 'P:ABA\nL:1/4\nK:C')[0].notes)
-    assert [note for note, *_ in rows] == [65, 65, 66, 65, 65]
+    assert abc_letters('P:A\nF::\nP:B\nK:D\nF|', 'P:ABA\nL:1/4\nK:C') == 'FF_FF'
 
 
-def test_abc_nested_orders_of_parts_are_skipped(capsys):
-    assert abc_songs('P:A\nC|\nP:B\nD|', 'P:(AB)2\nL:1/4\nK:C') == []
-    assert 'P:(AB)2' in capsys.readouterr().err
+def test_abc_nested_orders_of_parts_are_skipped():
+    skipped = []
+    assert abc_songs('P:A\nC|', 'P:(AB)2\nL:1/4\nK:C', skipped=skipped) == [] and 'P:(AB)2' in skipped[0]
 
 
-@pytest.mark.parametrize('key, sharps, fgabcde', [
-    ('C', 0, 'F G A B C D E'), ('G', 1, '^F G A B C D E'), ('Am', 0, 'F G A B C D E'), ('F#m', 3, '^F ^G A B ^C D E'),
-    ('D Mix', 1, '^F G A B C D E'), ('Edor', 2, '^F G A B ^C D E'), ('E PHRYGIAN', 0, 'F G A B C D E'),
-    ('Bb major', -2, 'F G A ^A C D ^D'),
-    ('FLyd', 0, 'F G A B C D E'), ('B locrian', 0, 'F G A B C D E'), ('Amin', 0, 'F G A B C D E'),
-    ('A aeolian', 0, 'F G A B C D E'),
-    ('Gion', 1, '^F G A B C D E'), ('D =c', 2, '^F G A B C D E'), ('D exp _b', None, 'F G A ^A C D E'),
-    ('HP', 2, '^F G A B ^C D E'),
-    ('Hp', 2, '^F G A B ^C D E'), ('none', None, 'F G A B C D E'), ('', None, 'F G A B C D E'),
-    ('G clef=bass', 1, '^F G A B C D E'),
-    ('F clef=bass', -1, 'F G A ^A C D E'), ('C^f^c', 0, '^F G A B ^C D E'), ('d', 2, '^F G A B ^C D E'),
+@pytest.mark.parametrize('keys, sharps, fgabcde', [
+    ('C, F Lyd, B locrian, E PHRYGIAN', 0, 'F G A B C D E'), ('Am, Amin, A aeolian', 0, 'F G A B C D E'),
+    ('G, D Mix, Gion', 1, '^F G A B C D E'), ('Edor, HP, Hp, d', 2, '^F G A B ^C D E'),
+    ('none, ', None, 'F G A B C D E'),
+    ('G clef=bass', 1, '^F G A B C D E'), ('F clef=bass, F', -1, 'F G A ^A C D E'), ('F#m', 3, '^F ^G A B ^C D E'),
+    ('Bb major', -2, 'F G A ^A C D ^D'), ('D =c', 2, '^F G A B C D E'), ('C^f^c', 0, '^F G A B ^C D E'),
+    ('D exp _b', None, 'F G A ^A C D E'),
 ])
-def test_abc_keys(key, sharps, fgabcde):
-    song = abc_songs('FGABCDE', f'L:1/4\nK:{key}')[0]
-    assert song.sharps == sharps and song.minor == (key in ('Am', 'F#m', 'Amin', 'A aeolian'))
-    assert ['C ^C D ^D E F ^F G ^G A ^A B'.split()[n % 12] for n, *_ in abc_rows(song.notes)] == fgabcde.split()
+def test_abc_keys(keys, sharps, fgabcde):
+    for key in keys.split(', '):
+        song = abc_songs('FGABCDE', f'L:1/4\nK:{key}')[0]
+        assert song.sharps == sharps and song.minor == (key in ('Am', 'F#m', 'Amin', 'A aeolian'))
+        names = ['C ^C D ^D E F ^F G ^G A ^A B'.split()[n % 12] for n, *_ in abc_rows(song.notes)]
+        assert names == fgabcde.split()
 
 
 @pytest.mark.parametrize('head, beats, tempo', [
-    ('M:4/4', .5, 120), ('M:C', .5, 120), ('M:C|', .5, 120), ('M:6/8', .5, 120), ('M:2/4', .25, 120),
-    ('M:none', .5, 120), ('N:', .5, 120), ('L:1/16', .25, 120), ('M:2/4\nL:1/2', 2, 120), ('Q:1/4=96', .5, 96),
-    ('Q:"Fast" 3/8=100', .5, 150), ('Q:1/8=100 "Slow"', .5, 50), ('L:1/8\nQ:200', .5, 100), ('Q:"Lively"', .5, 120),
-    ('Q:1/4=0', .5, 120),
-    ('Q:1/4=92.5', .5, 92.5), ('Q: 1/4 = 77 "x"', .5, 77), ('Q:1/4=100-120', .5, 100), ('L:1/4\nQ:C=80', 1, 80),
+    ('M:4/4', .5, 120), ('M:C|', .5, 120), ('M:2/4', .25, 120), ('M:none', .5, 120), ('N:', .5, 120),
+    ('L:1/16', .25, 120), ('M:2/4\nL:1/2', 2, 120), ('Q:1/4=96', .5, 96), ('Q:"Fast" 3/8=100', .5, 150),
+    ('Q:1/8=100 "Slow"', .5, 50), ('Q:"Lively"', .5, 120), ('Q:1/4=0', .5, 120), ('Q:1/4=92.5', .5, 92.5),
+    ('Q: 1/4 = 77 "x"', .5, 77), ('Q:1/4=100-120', .5, 100), ('L:1/8\nQ:200', .5, 100), ('L:1/4\nQ:C=80', 1, 80),
 ])
 def test_abc_unit_length_and_tempo(head, beats, tempo):
     song = abc_songs('C', f'{head}\nK:C')[0]
@@ -529,15 +504,10 @@ def test_abc_unit_length_and_tempo(head, beats, tempo):
     assert abc_songs('Q:1/4=77\nC\nQ:1/4=99\nC', 'K:C')[0].tempo == 77
 
 
-def test_abc_tuplets_in_compound_time():
-    assert abc_melody('(2CD(5CDEFG', 'M:6/8\nL:1/8\nK:C') == 'C4:0.75 D4:0.75 C4:0.3 D4:0.3 E4:0.3 F4:0.3 G4:0.3'
-
-
 @pytest.mark.parametrize('head, body, metre, pickup', [
     ('M:4/4', 'CDEF|', '4/4', 0), ('M:C|', 'D|:CDEF:|', '2/2', 1), ('M:6/8', 'C/|C3', '6/8', .5),
-    ('M:3/4', '|:CD|EFG|', '3/4', 2),
-    ('M:4/4', 'CDEFGABc|', '4/4', 0), ('M:none', 'C|D', None, None), ('N:', 'C|D', None, None),
-    ('M:3/4', 'C', '3/4', 0), ('M:odd', 'C|', None, None),
+    ('M:3/4', '|:CD|EFG|', '3/4', 2), ('M:4/4', 'CDEFGABc|', '4/4', 0), ('M:none', 'C|D', None, None),
+    ('N:', 'C|D', None, None), ('M:3/4', 'C', '3/4', 0), ('M:odd', 'C|', None, None),
 ])
 def test_abc_metre_and_pickup(head, body, metre, pickup):
     song = abc_songs(body, f'{head}\nL:1/4\nK:C')[0]
@@ -602,7 +572,7 @@ def test_abc_files(tmp_path, capsys):
     assert len(notation.read_abc(path)) == len(notation.read_abc(io.BytesIO(path.read_bytes()))) == 1
     for wrong in (b'', b'no tune here'):
         path.write_bytes(wrong)
-        with pytest.raises(notation.UserError, match='a.abc'):
+        with pytest.raises(UserError, match='a.abc'):
             notation.read_abc(path)
     # many unreadable tunes: one line that counts them
     assert notation.read_abc(b'X:1\nK:C\n^/C\n\n' * 200 + b'X:1\nC\n') == []
@@ -617,25 +587,27 @@ def test_abc_text_is_the_tune_itself():
     assert song.text == 'M:4/4\nL:1/8\nV:1\nK:Gm treble\nGA|\n"Eb"B4| c4 |\n'
     for song in notation.read_abc(HERE / 'tunes.abc'):
         again = notation.read_abc(('X:1\n' + song.text).encode())[0]
-        assert np.array_equal(again.notes, song.notes) and again.text == song.text == notation.tune_text(song)
+        assert np.array_equal(again.notes, song.notes) and (again.text, 0) == (song.text, 0) == notation.tune_text(song)
         assert re.fullmatch(r'[ -~\n]*', song.text)
 
 
-def test_abc_costs_are_bounded():
+@pytest.mark.parametrize('tune', [
+    'C' + '>' * 39_000, '[1' * 19_000, ':' * 19_000 + '|', 'C' + ':' * 9_000 + '|' + 'C' * 9_000,
+    '[' + 'C' * 9_000 + ']:::::::|', ''.join(f'C{n}/{999 - n}' for n in range(1, 999)),
+    '[1' * 9_000 + ':' * 9_000 + '|',
+    '"C"C' * 9_900, '"C"[C-E]-' * 4_000, '|:' * 19_000, 'C:|' * 13_000, '(9:9:9' * 6_000, 'C' + "'" * 39_000,
+    '"(' * 19_000, '{' * 39_000, '[L:1/997]C[L:1/991]C' * 1900, '![' * 19_000, '"' * 39_999,
+    '\n ' * 19_000, '=' * 39_000,
+    'A:|\n' * 9_000, '[K:' * 13_000, '!D.C.!C|' * 4_900, '[V:1]C[V:2]C' * 3_000, 'P:A\nC\n' * 6_000, '^c' * 19_000,
+], ids=lambda tune: f'{tune[:12]!r}')
+def test_abc_costs_are_bounded(tune):
+    start = time.process_time()
+    notation.read_abc(f'X:1\nP:AAAA\nK:C\n{tune}\n'.encode(), skipped=[])
+    assert time.process_time() - start < 3
+
+
+def test_abc_large_books():
     book = 'X:%d\nT:Tune %d\nM:4/4\nL:1/8\nK:G\n' + '|:G2Bd g2fe|d2cB A2GF:|\n' * 5 + '\n'
-    lengths = ''.join(f'C{n}/{999 - n}' for n in range(1, 999))
-    worst = ['C' + '>' * 39_000, '[1' * 19_000, ':' * 19_000 + '|', 'C' + ':' * 9_000 + '|' + 'C' * 9_000,
-             '[' + 'C' * 9_000 + ']:::::::|', lengths,
-             '"C"C' * 9_900, '"C"[C-E]-' * 4_000, '|:' * 19_000, 'C:|' * 13_000, '(9:9:9' * 6_000,
-             'C' + "'" * 39_000, '"(' * 19_000, '{' * 39_000,
-             '[L:1/997]C[L:1/991]C' * 1900, '|:C[99C:|' * 4000, '![' * 19_000, '"' * 39_999, '\n ' * 19_000,
-             '=' * 39_000, 'A:|\n' * 9_000, '[K:' * 13_000,
-             'C&' * 19_000, '!D.C.!C|' * 4_900, '[V:1]C[V:2]C' * 3_000, 'P:A\nC\n' * 6_000, 'K:C' + '^c' * 19_000]
-    for tune in [*worst, 'P:' + '((' * 9_000, 'P:' + '(A)9' * 9_000, 'P:((((A99)99)99)99)99\nK:C\nP:A\n' + 'C' * 9_000]:
-        start = time.process_time()
-        body = f'{tune}\nK:C\nC' if tune[0] == 'P' else f'K:C\n{tune}'
-        notation.read_abc(f'X:1\n{body}\n'.encode(), skipped=[])
-        assert time.process_time() - start < 3, tune[:20]
     start = time.process_time()
     assert len(notation.read_abc(''.join(book % (i, i) for i in range(1000)).encode())) == 1000
     assert time.process_time() - start < 20
@@ -645,9 +617,9 @@ def test_abc_costs_are_bounded():
 # notation: ABC out
 
 def abc_music(notes, **more):
-    """The music that is written for notes given as (MIDI note, onset, end)."""
+    """(the music that is written for notes, how many are left out)."""
     more = dict(metre='4/4', pickup=0, sharps=0) | more
-    text, left_out = notation.write_abc(np.array(notes, float) - [21, 0, 0], **more)
+    text, left_out = notation.write_abc(np.array(rows_of(notes)) - [21, 0, 0], **more)
     return re.split(r'K:.*\n', text)[1].strip(), left_out
 
 
@@ -659,62 +631,55 @@ def test_abc_header():
 
 @pytest.mark.parametrize('notes, more, music', [
     # lengths, ties over the bar line, rests, beams, octaves
-    ([(60, 0, 1), (62, 1, 1.5), (64, 1.5, 2), (65, 2, 5), (72, 5.5, 5.75), (84, 5.75, 6),
-    (48, 6, 8)], {}, "C2DE F4-|F2zc/c'/ C,4|]"), ([(60, 0, 2.5), (62, 2.5, 4)], {}, 'C4- CD3|]'),
-    ([(60, i, i + 1) for i in range(18)], dict(pickup=2), 'C2C2|C2C2 C2C2|C2C2 C2C2|C2C2 C2C2|C2C2 C2C2|]'),
-    ([(60, i / 2, i / 2 + .5) for i in range(7)], dict(metre='6/8', pickup=.5), 'C|CCC CCC|]'),
+    ('60:0-1 62:1-3/2 64:3/2-2 65:2-5 72:11/2-23/4 84:23/4-6 48:6-8', {}, "C2DE F4-|F2zc/c'/ C,4|]"),
+    ('60:0-5/2 62:5/2-4', {}, 'C4- CD3|]'),
+    (' '.join(f'60:{i}-{i + 1}' for i in range(18)), dict(pickup=2), 'C2C2' + '|C2C2 C2C2' * 4 + '|]'),
+    (' '.join(f'60:{i}/2-{i + 1}/2' for i in range(7)), dict(metre='6/8', pickup=.5), 'C|CCC CCC|]'),
     # accidentals by key and bar, naturals, and none of them doubtful in another octave
-    ([(66, 0, 1), (66, 1, 2), (65, 2, 3), (77, 3, 4), (66, 4, 8)], {}, '^F2F2 =F2f2|^F8|]'),
-    ([(66, 0, 2), (65, 2, 4), (66, 4, 8)], dict(sharps=1), 'F4 =F4|F8|]'), ([(66, 2, 6), (66, 6, 7),
-    (65, 7, 8)], {}, 'z4 ^F4-|^F4 F2=F2|]'),
-    ([(70, 0, 4)], dict(sharps=-2), 'B8|]'), ([(68, 0, 4)], dict(minor=True), '^G8|]'), ([(61, 0, 2),
-    (63, 2, 4)], dict(sharps=4), 'C4 D4|]'),
+    ('66:0-1 66:1-2 65:2-3 77:3-4 66:4-8', {}, '^F2F2 =F2f2|^F8|]'),
+    ('66:0-2 65:2-4 66:4-8', dict(sharps=1), 'F4 =F4|F8|]'), ('66:2-6 66:6-7 65:7-8', {}, 'z4 ^F4-|^F4 F2=F2|]'),
+    ('70:0-4', dict(sharps=-2), 'B8|]'), ('68:0-4', dict(minor=True), '^G8|]'),
+    ('61:0-2 63:2-4', dict(sharps=4), 'C4 D4|]'),
     # triplets
-    ([(60 + i, i / 3, (i + 1) / 3) for i in range(3)] + [(65, 1, 2)], dict(sharps=-5), '(3CD=DF2|]'),
-    ([(60, 0, 2 / 3), (62, 2 / 3, 1)], {}, '(3:2:2C2D|]'), ([(60, 0, .5), (62, .5, 2 / 3), (62, 2 / 3, 5 / 6),
-    (62, 5 / 6, 1)], {}, 'C(3D/D/D/|]'), ([(60, 0, 1 / 3), (62, 1 / 3, 2)], {}, '(3:2:2CD2-D2|]'),
+    ('60:0-1/3 61:1/3-2/3 62:2/3-1 65:1-2', dict(sharps=-5), '(3CD=DF2|]'), ('60:0-2/3 62:2/3-1', {}, '(3:2:2C2D|]'),
+    ('60:0-1/2 62:1/2-2/3 62:2/3-5/6 62:5/6-1', {}, 'C(3D/D/D/|]'), ('60:0-1/3 62:1/3-2', {}, '(3:2:2CD2-D2|]'),
     # several notes at once, with their own lengths
-    ([(60, 0, 2), (64, 0, 1), (65, 1, 2)], {}, '[C2-E2][C2F2]|]'),
-    ([(72, 0, 1), (76, 0, 1), (79, 0, 1)], {}, '[c2e2g2]|]'),
-    # chords under the melody
-    ([(48, 0, 2), (52, 0, 2), (55, 0, 2), (72, 0, 4), (50, 2, 4), (53, 2, 4), (57, 2, 4),
-    (60, 2, 4)], {}, '"C"c4- "Dm7"c4|]'),
-    ([(54, 0, 4), (57, 0, 4), (60, 0, 4), (74, 1, 4), (58, 4, 8), (62, 4, 8), (65, 4, 8),
-    (77, 4, 6)], {}, '"F#dim"z2d6|"Bb"f4 z4|]'),
-    # where they fall silent for a beat or more it is told
-    ([(48, 0, 2), (52, 0, 2), (55, 0, 2), (72, 0, 4)], {}, '"C"c4- "^N.C."c4|]'),
-    ([(48, 0, 1), (52, 0, 1), (55, 0, 1), (72, 0, 2), (74, 2, 3), (43, 3, 4), (47, 3, 4), (50, 3, 4),
-    (72, 3, 4)], {}, '"C"c2-"^N.C."c2 d2"G"c2|]'),
+    ('60:0-2 64:0-1 65:1-2', {}, '[C2-E2][C2F2]|]'), ('72,76,79:0-1', {}, '[c2e2g2]|]'),
+    ('36,72:0-1', {}, '[C,,2c2]|]'),
+    # chords under the melody; where they fall silent for a beat or more it is told
+    ('48,52,55:0-2 72:0-4 50,53,57,60:2-4', {}, '"C"c4- "Dm7"c4|]'),
+    ('54,57,60:0-4 74:1-4 58,62,65:4-8 77:4-6', {}, '"F#dim"z2d6|"Bb"f4 z4|]'),
+    ('48,52,55:0-2 72:0-4', {}, '"C"c4- "^N.C."c4|]'),
+    ('48,52,55:0-1 72:0-2 74:2-3 43,47,50,72:3-4', {}, '"C"c2-"^N.C."c2 d2"G"c2|]'),
+    # a note of the melody inside the chord; two notes that go on below a melody with one of them
+    ('46,50,53:0-4 48:0-1 72:0-4', {}, '"Bb"[C,2c2-]c6|]'), ('51,55:0-4 63:0-1 65:1-4', {}, '"Eb"_E2F6|]'),
 ])
 def test_abc_music(notes, more, music):
     assert abc_music(notes, **more) == (music, 0)
     if '"' not in music:
         key = notation.key_name(more.get('sharps', 0), more.get('minor', False))
         again = notation.read_abc(f'X:1\nM:4/4\nL:1/8\nK:{key}\n{music}'.encode())
-        assert np.allclose(abc_rows(again[0].notes), sorted(notes, key=lambda note: (note[1], note[0])), atol=1e-6)
+        assert np.allclose(abc_rows(again[0].notes), rows_of(notes), atol=1e-6)
 
 
 def test_abc_bass_below_chords_is_left_out_and_counted():
-    chord = [(48, 1, 2), (52, 1, 2), (55, 1, 2)]
-    assert abc_music([(36, 0, 1), (72, 0, 1), *chord, (72, 1, 2)]) == ('c2"C"c2|]', 1)
-    assert abc_music([(36, 0, 1), (72, 0, 1)]) == ('[C,,2c2]|]', 0)
+    assert abc_music('36,72:0-1 48,52,55,72:1-2') == ('c2"C"c2|]', 1)
 
 
 def test_abc_round_trip_is_stable():
-    for song in notation.read_abc(HERE / 'tunes.abc'):
-        more = song._asdict()
-        more = [more[name] for name in ('name', 'tempo', 'sharps', 'minor', 'metre', 'pickup')]
+    for song in notation.read_abc(HERE / 'tunes.abc')[::2]:
+        more = (song.name, song.tempo, song.sharps, song.minor, song.metre, song.pickup)
         text, left_out = notation.write_abc(song.notes, *more)
         again = notation.read_abc(text.encode())[0]
-        assert left_out == 0 and np.allclose(again.notes, song.notes, atol=1e-6)
-        for name in ('sharps', 'minor', 'metre', 'pickup'):
-            assert getattr(again, name) == getattr(song, name)
-        assert notation.write_abc(again.notes, *more)[0] == text and abs(again.tempo - song.tempo) < .01
+        assert left_out == 0 and abs(again.tempo - song.tempo) < .01
+        assert (again.sharps, again.minor, again.metre, again.pickup) == more[2:]
+        assert notation.write_abc(again.notes, *more)[0] == text
         # without the header's help the notes come back too, and as a model reads them
         guessed = notation.read_abc(notation.write_abc(song.notes)[0].encode())[0]
-        plain = notation.tune_text(song._replace(text=None))
-        assert np.allclose(guessed.notes, song.notes, atol=1e-6) and re.match(r'M:.*\nL:1/8\nK:.*\n', plain)
-        assert np.allclose(notation.read_abc(('X:1\n' + plain).encode())[0].notes, song.notes, atol=1e-6)
+        plain, _ = notation.tune_text(song._replace(text=None))
+        assert re.match(r'M:.*\nL:1/8\nK:.*\n', plain)
+        for notes in (again.notes, guessed.notes, notation.read_abc(f'X:1\n{plain}'.encode())[0].notes):
+            assert np.allclose(notes, song.notes, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -734,29 +699,15 @@ def data_random_notes(rng, n, steps=200, steps_per_beat=4):
     return notation.one_per_key(rows.astype(float)) / [1, steps_per_beat, steps_per_beat]
 
 
-def data_found(notes, again, lengths):
-    """F1 of notes found again: the same key, struck less than a tenth of a beat off (and as long)."""
-    found = 0
-    for key, on, end in notes:
-        same = again[(again[:, 0] == key) & (abs(again[:, 1] - on) < 0.1)]
-        found += (abs(same[:, 2] - end) < 0.1).any() if lengths else len(same) > 0
-    return 2 * found / (len(notes) + len(again))
-
-
 @pytest.mark.parametrize('beats, steps', [
-    ([(0, 0, 1)], [(0, 0, 4)]),
-    ([(0, .12, .9)], [(0, 0, 4)]),
+    ([(0, .12, .9), (87, 0, 1)], [(0, 0, 4), (87, 0, 4)]),
     ([(0, .125, 1.125)], [(0, 1, 5)]),
     ([(0, 1, 1)], [(0, 4, 5)]),
-    ([(0, 0, .05)], [(0, 0, 1)]),
     ([(0, 0, .99), (0, 1, 2)], [(0, 0, 4), (0, 4, 8)]),
     ([(0, 0, 2), (0, 1, 1.5)], [(0, 0, 4), (0, 4, 6)]),
-    ([(0, 0, .5), (0, .05, 1)], [(0, 0, 4)]),
-    ([(0, 0, 1), (87, 0, 1)], [(0, 0, 4), (87, 0, 4)]),
-])
+    ([(0, 0, .5), (0, .05, 1)], [(0, 0, 4)])])
 def test_data_quantiser(beats, steps):
     song = data.Song('', np.array(beats, dtype=float))
-    assert data.quantise(song.notes, 4).tolist() == [list(note) for note in steps]
     frames = data.PianoRoll(4).encode(song)
     want = np.zeros((max(end for _, _, end in steps), 177), dtype=np.uint8)
     for key, on, end in steps:
@@ -769,7 +720,7 @@ def test_data_quantiser(beats, steps):
     assert events.decode(events.encode(song)).tolist() == [[key, on / 4, end / 4] for key, on, end in steps]
 
 
-@pytest.mark.parametrize('n', [0, 1, 50, 600])
+@pytest.mark.parametrize('n', [0, 1, 600])
 @data_for_each('roll', 'events', 'plain')
 def test_data_round_trip(tmp_path, grid, n):
     rng = np.random.default_rng(n)
@@ -784,8 +735,6 @@ def test_data_round_trip(tmp_path, grid, n):
         assert np.array_equal(grid.decode(frames), notes)
         notation.write_midi(grid.decode(frames), tmp_path / 'a.mid')
         assert np.array_equal(grid.encode(notation.read_midi(tmp_path / 'a.mid')), frames)
-    if grid.V == 273:
-        assert (frames.sum(1) == 1).all()
 
 
 def test_data_piano_roll_a_key_held_that_was_not_struck():
@@ -804,7 +753,8 @@ def data_units(words):
 
 def test_data_events_spelling():
     notes = np.array([(44, 0, 1), (40, 0, 1), (40, 1, 2), (30, 22, 23)])
-    assert data.Events(12).encode(data.Song('', notes)).argmax(1).tolist() == data_units(
+    frames = data.Events(12).encode(data.Song('', notes))
+    assert (frames.sum(1) == 1).all() and frames.argmax(1).tolist() == data_units(
         'on40 on44 wait12 off40 off44 on40 wait12 off40 wait96 wait96 wait48 on30 wait12 off30')
 
 
@@ -813,35 +763,20 @@ def test_data_events_forgive_what_a_sampler_may_do():
     frames = np.eye(events.V, dtype=np.uint8)
     units = data_units('off5 on6 wait2 on6 on9 off9 wait1 off6 off6 on7 wait4')
     assert events.decode(frames[units]).tolist() == [[6, 0, .5], [6, .5, .75], [7, .75, 1.75]]
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        notes = events.decode(frames[rng.integers(0, events.V - 1, 300)])
-        assert (notes[:, 2] > notes[:, 1]).all() and np.array_equal(notation.one_per_key(notes), notes)
-        assert np.array_equal(events.decode(events.encode(data.Song('', notes))), notes)
-
-
-def test_data_frames_keep_the_notes_of_played_music(tmp_path):
-    """Notes that end a tick early, triplets, a chord below: all is found again, and far less without onsets."""
-    rng = np.random.default_rng(1)
-    rows = []
-    now = 0.0
-    for _ in range(300):
-        length = rng.choice([.25, .5, .5, .5, 1, 1.5, 1 / 3])
-        for _ in range(3 if length == 1 / 3 else 1):
-            rows.append((rng.integers(40, 60), now, now + length - 1 / 480))
-            now += length
-    rows += [(key, bar, bar + 2 - 1 / 480) for bar in range(0, int(now), 2) for key in (20, 24, 27)]
-    notes = notation.one_per_key(np.array(rows))
-    for name, low, high in (('roll', .99, 1), ('events', .999, 1), ('plain', .3, .9)):
-        grid = DATA_GRIDS[name]
-        notation.write_midi(grid.decode(grid.encode(data.Song('', notes))), tmp_path / 'a.mid')
-        assert low <= data_found(notes, notation.read_midi(tmp_path / 'a.mid').notes, lengths=False) <= high
+    notes = events.decode(frames[np.random.default_rng(0).integers(0, events.V - 1, 3000)])
+    assert (notes[:, 2] > notes[:, 1]).all() and np.array_equal(notation.one_per_key(notes), notes)
+    assert np.array_equal(events.decode(events.encode(data.Song('', notes))), notes)
 
 
 @pytest.mark.parametrize('grid, least', [(data.PianoRoll(12), .999), (data.Events(12), .999), (data.AbcText(), 1)])
 def test_data_bundled_tunes_round_trip(grid, least):
-    songs = notation.read_abc(data.TUNES)[::4]
-    assert np.mean([data_found(song.notes, grid.decode(grid.encode(song)), lengths=True) for song in songs]) >= least
+    kept = []
+    for song in notation.read_abc(data.TUNES)[::4]:
+        # a key, struck less than a tenth of a beat off and as long
+        again = grid.decode(grid.encode(song))
+        near = (abs(song.notes[:, None] - again) < 0.1).all(2)
+        kept.append(2 * near.any(1).sum() / (len(song.notes) + len(again)))
+    assert np.mean(kept) >= least
 
 
 def test_data_abc_text():
@@ -857,13 +792,10 @@ def test_data_abc_text():
     notes = np.array([(39, 0, 1), (43, 1, 1.5), (46, 1.5, 2), (51, 2, 4)])
     frames = abc.encode(data.Song('', notes, metre='4/4', pickup=0.0, sharps=0))
     assert np.array_equal(abc.decode(frames), notes) and abc.text(frames).startswith('M:4/4\n')
-    before = frames.copy()
-    abc.transpose(frames, 5)
-    assert np.array_equal(frames, before) and abc.steps(frames) == 0
     for text in ('K:C\n\u00e9', 'K:C\n\t', 'x' * 100_001):
         with pytest.raises(data.UserError, match='character'):
             abc.encode_text(text)
-    for text in ('', 'C', 'K:C\n', 'K:Z\nC', 'L:1/8\nK:C\n[CE'):
+    for text in ('', 'K:C\n', 'K:Z\nC', 'L:1/8\nK:C\n[CE'):
         with pytest.raises(data.UserError):
             abc.to_song(abc.encode_text(text))
 
@@ -873,17 +805,14 @@ def test_data_openings(tmp_path):
     path.write_text('X:1\nM:4/4\nL:1/4\nK:D\nDEFG|A4|]\n')
     roll = data.PianoRoll()
     song, frames, semitones = roll.opening(path, 2.5, True)
-    assert semitones == -2
-    assert song.notes.tolist() == [[39, 0, 1], [41, 1, 2], [43, 2, 2.5]]
+    assert semitones == -2 and song.notes.tolist() == [[39, 0, 1], [41, 1, 2], [43, 2, 2.5]]
     assert np.array_equal(roll.decode(frames), song.notes)
     # a text goes on, so it has no end; moved, it is written anew in its new key
     abc = data.AbcText()
     assert abc.text(abc.opening(path, 100, False)[1]) == 'M:4/4\nL:1/4\nK:D\nDEFG|A4'
     song, frames, _ = abc.opening(path, 100, True)
     assert abc.to_song(frames).sharps == song.sharps == 0 and np.array_equal(abc.decode(frames), song.notes)
-    path.with_name('fields.abc').write_text('%abc\nX:1\nT:any\nK:D\nM:6/8 \n')
-    assert abc.text(abc.opening(path.with_name('fields.abc'), 100, False)[1]) == 'M:6/8\nK:D\n'
-    for name, beats in (('missing.abc', 9), ('fields.abc', 9), ('a.abc', 0)):
+    for name, beats in (('missing.abc', 9), ('a.abc', 0)):
         with pytest.raises(data.UserError, match=f'{name}.*--prompt'):
             roll.opening(path.with_name(name), beats, False)
 
@@ -898,7 +827,7 @@ def test_data_representations_are_built_again_from_their_settings(grid):
 
 
 @data_for_each('roll', 'plain', 'events')
-@pytest.mark.parametrize('end', [1e5, 1e12, float('inf')])
+@pytest.mark.parametrize('end', [1e5, float('inf')])
 def test_data_a_song_may_be_too_long(grid, end):
     with pytest.raises(data.UserError, match='100,000'):
         grid.encode(data.Song('', np.array([[40, 0, end]])))
@@ -907,47 +836,38 @@ def test_data_a_song_may_be_too_long(grid, end):
 # ---------------------------------------------------------------------------------------------------------------------
 # data.py: splits and batches
 
-def data_set(grid, n_songs=12, notes=80, seed=0):
-    rng = np.random.default_rng(seed)
-    songs = []
-    for i in range(n_songs):
+def data_set(grid):
+    """Twelve random songs, the first of them one long held note."""
+    rng = np.random.default_rng(0)
+    songs = [data.Song('0', np.array([[10, 0, 300.0]]), text='CDEF')]
+    for i in range(1, 12):
         text = ''.join(rng.choice(list(data.AbcText.CHARACTERS), rng.integers(20, 200)))
-        songs.append(data.Song(f'{i}', data_random_notes(rng, notes, 60), text=text))
-    # one long held note
-    songs[0] = songs[0]._replace(notes=np.array([[10, 0, 300.0]]))
+        songs.append(data.Song(f'{i}', data_random_notes(rng, 80, 60), text=text))
     return data.Dataset(dict(train=songs, valid=songs[:5], test=songs[5:]), 'random', grid)
 
 
-def data_tape(dataset):
-    """All frames of the training songs, and the boundaries between them, (T, V)."""
-    boundary = np.zeros((1, dataset.representation.V), dtype=np.uint8)
-    boundary[0, -1] = 1
-    pieces = [boundary]
+def data_tape(dataset, history):
+    """Empty frames, all frames of the training songs and the boundaries between them, (T, V)."""
+    V = dataset.representation.V
+    pieces = [np.zeros((history, V), dtype=np.uint8), np.eye(V, dtype=np.uint8)[-1:]]
     for song in dataset.songs['train']:
-        pieces += [dataset.representation.encode(song), boundary]
+        pieces += [dataset.representation.encode(song), pieces[1]]
     return np.concatenate(pieces)
-
-
-def data_place(grid, tape, start):
-    """Frames and steps from the last boundary before a window to the last frame before it."""
-    began = max(np.flatnonzero(tape[:start, -1]), default=0)
-    between = tape[began + 1:start]
-    age = len(between)
-    if grid.settings['name'] == 'events':
-        return age, sum(unit - 175 for unit in between.argmax(1) if unit >= 176)
-    return age, age if grid.settings['name'] == 'piano_roll' else 0
 
 
 @data_for_each()
 def test_data_windows_equal_the_whole(grid):
     history = 40
     dataset = data_set(grid)
-    tape = data_tape(dataset)
+    tape = data_tape(dataset, 0)
     assert (dataset.frames('train', 0, len(tape)) == tape).all()
     assert dataset.packed['train'].shape == (len(tape), -(-grid.V // 8))
     assert dataset.lengths('train').sum() == len(tape) - 13
-    before = np.concatenate((np.zeros((history, grid.V), dtype=np.uint8), tape))
-    places = {(before[i:i + history + 34].tobytes(), *data_place(grid, tape, i)) for i in range(len(tape) - 33)}
+    padded = data_tape(dataset, history)
+    places = set()
+    for start in range(len(tape) - 33):
+        between = tape[max(np.flatnonzero(tape[:start, -1]), default=0) + 1:start]
+        places.add((padded[start:start + history + 34].tobytes(), len(between), grid.steps(between)))
     seen = set()
     for seed in range(60):
         windows = dataset.batch('train', 50, 33, 0, np.random.default_rng(seed), history)
@@ -956,39 +876,33 @@ def test_data_windows_equal_the_whole(grid):
         whole = torch.cat((windows.past, windows.frames), dim=1).numpy()
         seen |= {(w.tobytes(), *place) for w, *place in zip(whole, windows.age.tolist(), windows.time.tolist())}
     assert seen <= places and len(seen) > .6 * len(places)
-    for history in (0, 40):
-        windows = dataset.batch('train', 1, len(tape) - 1, 0, np.random.default_rng(0), history)
-        assert (windows.frames[0].numpy() == tape).all() and windows.past.shape[1] == history and not windows.past.any()
-        assert (windows.age, windows.time) == (0, 0)
+    # the longest one, and none that is longer
+    windows = dataset.batch('train', 1, len(tape) - 1, 0, np.random.default_rng(0), 0)
+    assert (windows.frames[0].numpy() == tape).all() and (windows.age, windows.time) == (0, 0)
     with pytest.raises(data.UserError, match=f'--block_size={len(tape) - 1} or less'):
         dataset.batch('train', 1, len(tape), 0, np.random.default_rng(0))
 
 
-@data_for_each('roll', 'plain', 'events')
+@data_for_each()
 def test_data_transposition_moves_a_window_by_one_interval_on_the_keyboard(grid):
-    low, high = [data.Song('', np.array([[key, i, i + 1.5] for i, key in enumerate(8 * keys)])) for keys in
-                 ([0, 5, 9], [87, 80, 84])]
+    low, high = [data.Song('', np.array([[key, i, i + 1.5] for i, key in enumerate(8 * keys)]), text='CDEF' * 20)
+                 for keys in ([0, 5, 9], [87, 80, 84])]
     dataset = data.Dataset({split: [low, high] for split in data.SPLITS}, '', grid)
-    tape = data_tape(dataset)
-    tape = np.concatenate((np.zeros((20, grid.V), dtype=np.uint8), tape))
-    keys = 88 if grid.V == 89 else 176
-    moved = {}
-    for at in range(len(tape) - 80):
-        window = tape[at:at + 81]
-        planes = window[:, :keys].reshape(81, -1, 88)
-        used = planes.any((0, 1)).nonzero()[0]
-        for shift in range(max(-6, -used.min()), min(6, 87 - used.max()) + 1):
-            after = np.concatenate((np.roll(planes, shift, 2).reshape(81, keys), window[:, keys:]), axis=1)
-            moved[after.tobytes()] = shift
-    shifts = []
+    # text stays as it is
+    keys = {89: 88, 97: 0}.get(grid.V, 176)
+    shifts = set()
     for seed in range(100):
-        batch = dataset.batch('train', 4, 60, 6, np.random.default_rng(seed), 20)
-        again = dataset.batch('train', 4, 60, 6, np.random.default_rng(seed), 20)
-        # a seed is a seed
-        assert all(map(torch.equal, batch, again))
-        # no note has been lost, or has come in on the other side
-        shifts += [moved.get(window.numpy().tobytes()) for window in torch.cat((batch.past, batch.frames), dim=1)]
-    assert set(shifts) == set(range(-6, 7))
+        # a seed is a seed, and the same places with it
+        one, two, still = (dataset.batch('train', 4, 60, most, np.random.default_rng(seed), 20) for most in (6, 6, 0))
+        assert all(map(torch.equal, one, two))
+        for moved, window in zip(*(torch.cat((x.past, x.frames), 1).numpy() for x in (one, still))):
+            assert (moved[:, keys:] == window[:, keys:]).all()
+            where, after = (x[:, :keys].reshape(-1, 88).nonzero() for x in (window, moved))
+            # no note has been lost, or has come in on the other side
+            shift, = set(after[1] - where[1]) or {0}
+            assert np.array_equal(after[0], where[0])
+            shifts.add(shift)
+    assert shifts == (set(range(-6, 7)) if keys else {0})
 
 
 @data_for_each()
@@ -1003,7 +917,7 @@ def test_data_whole_songs_once_each_padded_on_the_right(grid):
             assert todo.pop(row[1:1 + n].tobytes()) == beat
     assert not todo
     lengths = np.sort(dataset.lengths('train'))
-    for every in (1, 2, 5, 12, 13, 100):
+    for every in (1, 2, 5, 13):
         read = [n for _, some, _ in dataset.whole_songs('train', 2, every) for n in some.tolist()]
         assert read == lengths[min(every, 12) // 2::every].tolist() and len(read) >= 1
 
@@ -1012,14 +926,14 @@ def test_data_whole_songs_once_each_padded_on_the_right(grid):
 # data.py: load
 
 def data_midi(path, key=39, beats=1.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
     notation.write_midi(np.array([[key, 0, beats]]), path)
-    return path
+    return path.read_bytes()
 
 
-def data_folder(path, names, key=39):
+def data_folder(path, names):
     for i, name in enumerate(names):
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        data_midi(path / name, key + i % 40, 1 + i)
+        data_midi(path / name, 30 + i % 40, 1 + i)
     return path
 
 
@@ -1084,57 +998,55 @@ def test_data_load_one_file_and_options(tmp_path, capsys):
     assert sum(dataset.lengths(split).sum() for split in data.SPLITS) == 2 + 2 + 4
     # a text is written anew, in the key to which its tune was moved
     abc = data.AbcText()
-    for songs in data.load(tmp_path / 'b.abc', abc, common_key=True, log=lines.append).songs.values():
-        for song in songs:
-            again = abc.to_song(abc.encode(song))
-            assert again.notes[:, 0].tolist() == song.notes[:, 0].tolist() and again.sharps == 0
+    for song in sum(data.load(tmp_path / 'b.abc', abc, common_key=True, log=lines.append).songs.values(), []):
+        again = abc.to_song(abc.encode(song))
+        assert again.notes[:, 0].tolist() == song.notes[:, 0].tolist() and again.sharps == 0
     data.tell_what_is_left_out([data.Song('', song.notes, silence=silence) for silence in (0.5, 3, 4)], lines.append)
     assert '2 songs end in silence, 7 beats' in lines[-1] and capsys.readouterr().err == ''
 
 
-def test_data_load_skips_and_names_what_is_corrupt(tmp_path, capsys):
-    path = data_folder(tmp_path / 'a', ['1.mid', '2.mid', '3.mid', '.hidden.mid', '__MACOSX/x.mid', '.git/a.mid'])
+def test_data_load_skips_and_names_what_is_corrupt(tmp_path, capfd):
+    names = ['1.mid', '2.mid', os.fsdecode(b'\xe9t\xe9.mid'), '.hidden.mid', '__MACOSX/x.mid', '.git/a.mid']
+    path = data_folder(tmp_path / 'a', names)
     (path / 'bad.mid').write_bytes(b'MThd')
     (path / 'bad.abc').write_text('nothing')
-    notation.write_midi(np.zeros((0, 3)), path / 'silent.mid')
+    notation.write_midi(np.zeros((0, 3)), path / 'red\x1b[31m\n.mid')
     data_midi(path / 'forged.mid', beats=30_000)
     (path / 'readme.txt').write_text('not music')
     os.mkfifo(path / 'pipe.mid')
     (path / 'half.abc').write_text('X:1\nT:good\nK:C\nC\n\nX:2\nT:worse\nK:C\n')
     dataset = data.load(path)
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert sum(data_names(dataset).values(), []).count('good') == 1 and sum(map(len, dataset.songs.values())) == 4
     assert err.count('\n') == 5 and all(line.startswith('skipped: ') for line in err.splitlines())
-    assert all(name in err for name in ('bad.mid', 'bad.abc', 'silent.mid', 'forged.mid', 'worse'))
+    assert all(name in err for name in ('bad.mid', 'bad.abc', 'red?[31m?.mid', 'forged.mid', 'worse'))
     for i in range(7):
         (path / f'bad{i}.mid').write_bytes(b'')
     data.load(path)
     # five by name, and how many more
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert err.count('\n') == 6 and err.endswith('skipped: 7 more\n')
 
 
 def test_data_load_errors(tmp_path):
-    good = data_midi(tmp_path / 'good.mid').read_bytes()
-    for name in ('empty', 'none', 'corrupt'):
-        (tmp_path / name).mkdir()
-    (tmp_path / 'none' / 'a.txt').write_text('')
-    (tmp_path / 'corrupt' / 'a.mid').write_bytes(good[:20])
-    contents = {'cut.mid': good[:-9], 'zero.mid': b'', 'zero.abc': b'', 'zero.zip': b'', 'a.txt': good, 'zero.npz': b'',
-                'voices.abc': b'X:1\nK:C\nV:1\nC D\nV:2\nC'}
-    for name, content in contents.items():
+    good = data_midi(tmp_path / 'good.mid')
+    cut = data_zip(tmp_path / 'x.zip', {'a.mid': good}).read_bytes()[:-30]
+    contents = {
+        'cut.mid': (good[:-9], 'midst'), 'zero.mid': (b'', ''), 'zero.abc': (b'', 'X:'), 'a.txt': (good, 'no music'),
+        'zero.zip': (b'', 'not a whole zip'), 'cut.zip': (cut, 'not a whole zip'),
+        'zero.npz': (b'', 'data.py FOLDER OUT.npz'), 'voices.abc': (b'X:1\nK:C\nV:1\nC D\nV:2\nC', 'voices'),
+        'none/a.txt': (b'', '')}
+    (tmp_path / 'none').mkdir()
+    says = {'missing': 'there is no', 'missing.npz': 'No such file', 'none': 'no music', 'none.zip': 'no music',
+            'forged.mid': '24,999 beats'}
+    for name, (content, why) in contents.items():
         (tmp_path / name).write_bytes(content)
+        says[name] = why
     data_midi(tmp_path / 'forged.mid', beats=25_000)
     data_zip(tmp_path / 'none.zip', {'a.txt': b''})
-    (tmp_path / 'cut.zip').write_bytes(data_zip(tmp_path / 'x.zip', {'a.mid': good}).read_bytes()[:-30])
     for name in ('fifo.mid', 'fifo.zip', 'fifo.npz'):
         os.mkfifo(tmp_path / name)
-    says = {
-        'missing': 'there is no', 'missing.npz': 'No such file', 'empty': 'no music',
-        'none': 'no music', 'corrupt': 'a.mid', 'cut.mid': 'midst', 'zero.mid': '', 'zero.abc': 'X:',
-        'zero.zip': 'not a whole zip', 'a.txt': 'no music', 'voices.abc': 'voices', 'forged.mid': '24,999 beats',
-        'none.zip': 'no music', 'cut.zip': 'not a whole zip', 'zero.npz': 'data.py FOLDER OUT.npz',
-        'fifo.mid': 'no plain file', 'fifo.zip': 'no plain file', 'fifo.npz': 'no plain file'}
+        says[name] = 'no plain file'
     for name, why in says.items():
         with pytest.raises(data.UserError, match=f'{re.escape(name)}.*: ') as e:
             data.load(tmp_path / name)
@@ -1144,23 +1056,19 @@ def test_data_load_errors(tmp_path):
             data.load(name)
 
 
-@pytest.mark.parametrize('name', ['../a.mid', 'x/../../a.mid', '/etc/a.mid', '..\\a.mid', 'C:\\a.mid', '../a.txt'])
-def test_data_load_a_zip_that_climbs_out_writes_nothing(tmp_path, name):
-    good = data_midi(tmp_path / 'good.mid').read_bytes()
-    dataset = data.load(data_zip(tmp_path / 'a.zip', {'good.mid': good, name: good}))
-    assert 'good.mid' in data_names(dataset)['train']
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.zip', 'good.mid'] and not Path('/etc/a.mid').exists()
-
-
-def test_data_load_survives_zip_bombs(tmp_path, capsys, monkeypatch):
+def test_data_load_hostile_zips(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, 'MAX_FILE', 1 << 20)
-    good = data_midi(tmp_path / 'good.mid').read_bytes()
-    path = data_zip(tmp_path / 'a.zip', {'good.mid': good, 'bomb.mid': bytes(20 << 20), 'huge.txt': bytes(20 << 20)})
+    good = data_midi(tmp_path / 'good.mid')
+    climbing = ('../a.mid', 'x/../../a.mid', '/etc/a.mid', '..\\a.mid', 'C:\\a.mid', '../a.txt')
+    path = data_zip(tmp_path / 'a.zip', dict.fromkeys(('good.mid', *climbing), good))
+    assert 'good.mid' in sum(data_names(data.load(path)).values(), [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.zip', 'good.mid'] and not Path('/etc/a.mid').exists()
+    data_zip(path, {'good.mid': good, 'bomb.mid': bytes(20 << 20), 'huge.txt': bytes(20 << 20)})
+    # the same path with other music in it is read anew
     assert data_names(data.load(path))['train'] == ['good.mid'] and 'bomb.mid is larger' in capsys.readouterr().err
-    content = bytearray(data_zip(tmp_path / 'b.zip', {'good.mid': good, 'other.mid': good}).read_bytes())
+    content = bytearray(data_zip(path, {'good.mid': good, 'other.mid': good}).read_bytes())
     # the packed bytes of the first member
     content[30 + len('good.mid') + 5] ^= 255
-    # the same path with other music in it is read anew
     path.write_bytes(content)
     assert data_names(data.load(path))['train'] == ['other.mid'] and 'good.mid' in capsys.readouterr().err
     (tmp_path / 'large.mid').write_bytes(bytes(2 << 20))
@@ -1170,20 +1078,12 @@ def test_data_load_survives_zip_bombs(tmp_path, capsys, monkeypatch):
 
 def test_data_load_tells_of_zips_inside(tmp_path):
     path = data_folder(tmp_path / 'a', ['1.mid', '2.mid', '3.mid'])
-    data_zip(path / 'inner.zip', {'4.mid': (path / '1.mid').read_bytes()})
+    (path / 'inner.zip').touch()
     data_zip(tmp_path / 'outer.zip', {p.name: p.read_bytes() for p in path.iterdir()})
     for music in (path, tmp_path / 'outer.zip'):
         lines = []
         assert '(3 songs)' in data.load(music, log=lines.append).source
         assert '1 zip files inside' in lines[0] and 'inner.zip' in lines[0]
-
-
-def test_data_load_odd_names(tmp_path, capfd):
-    path = data_folder(tmp_path / 'a', ['1.mid', '2.mid', os.fsdecode(b'\xe9t\xe9.mid')])
-    (path / 'red\x1b[31m\n.mid').write_bytes(b'')
-    assert sum(map(len, data.load(path).songs.values())) == 3
-    err = capfd.readouterr().err
-    assert err.count('\n') == 1 and '\x1b' not in err and 'red?[31m?.mid' in err
 
 
 def test_data_load_many_files_are_read_by_other_processes(tmp_path, monkeypatch, capsys):
@@ -1203,128 +1103,105 @@ def test_data_npz_holds_what_was_read(tmp_path, monkeypatch, capsys):
     tunes = 'X:1\nT:One\nM:6/8\nQ:1/4=90\nK:Gm\nG|B2G D2G|\n\nX:2\nT:Two\nK:C\nC,,,,D2\n\nX:3\nK:C\n'
     (path / 'train' / 'a.abc').write_text(tunes)
     out = tmp_path / 'music.npz'
-    command = [sys.executable, data.__file__, path, out]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f'{out}: 6 songs, 10 notes, 2 skipped\n', '')
+    monkeypatch.setattr(sys, 'argv', ['data.py', str(path), str(out)])
+    data.main()
+    assert tuple(capsys.readouterr()) == (f'{out}: 6 songs, 10 notes, 2 skipped\n', '')
     lines = []
-    read = data.load(path, log=lines.append)
+    one = data.load(path, log=lines.append)
     skipped = capsys.readouterr().err
-    again = data.load(out, log=lines.append)
-    assert data_same(read, again) and '(6 songs)' in again.source and str(out) in again.source
-    assert skipped == capsys.readouterr().err and skipped.count('\n') == 2 and lines[:2] == lines[2:]
-    monkeypatch.setattr(sys, 'argv', ['data.py', str(path), str(tmp_path / 'music.zip')])
-    with pytest.raises(data.UserError, match='music.zip has to end in .npz'):
-        data.main()
+    two = data.load(out, log=lines.append)
+    assert data_same(one, two) and f'{out} (6 songs)' in two.source and lines[:2] == lines[2:]
+    assert skipped == capsys.readouterr().err and skipped.count('\n') == 2
     content = out.read_bytes()
-    np.savez(tmp_path / 'pickled.npz', table=np.array([{}], dtype=object), notes=np.zeros((1, 3)))
+    np.savez(out, table=np.array([{}], dtype=object), notes=np.zeros((1, 3)))
     flipped = content[:200] + bytes([content[200] ^ 1]) + content[201:]
-    pickled = (tmp_path / 'pickled.npz').read_bytes()
-    bad = dict(cut=content[:-1], flipped=flipped, zeros=bytes(len(content)), pickled=pickled)
-    for name, wrong in bad.items():
-        (tmp_path / f'{name}.npz').write_bytes(wrong)
-        with pytest.raises(data.UserError, match=f'{name}.npz is not what python data.py'):
-            data.load(tmp_path / f'{name}.npz')
+    for wrong in (content[:-1], flipped, bytes(len(content)), out.read_bytes()):
+        out.write_bytes(wrong)
+        with pytest.raises(data.UserError, match='music.npz is not what python data.py'):
+            data.load(out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data.py: Nottingham
 
+class DataSlow(io.BytesIO):
+    """A download that takes 5 s in which no timeout of a socket would strike."""
+
+    def read1(self, size):
+        if self.tell() < 25:
+            size = 1
+            time.sleep(.2)
+        return super().read1(size)
+
+
 @pytest.fixture
 def data_nottingham(tmp_path, monkeypatch):
-    """A small archive in the place of Nottingham, a folder to keep it in, and a way to serve it on 127.0.0.1."""
+    """A small archive in the place of Nottingham, a folder to keep it in, and a way to set from where it is to come."""
     names = [f'{split}/{i}.mid' for split in data.SPLITS for i in range(4)]
-    music = data_folder(tmp_path / 'music', names, 29)
+    music = data_folder(tmp_path / 'music', names)
     files = {name: (music / name).read_bytes() for name in names}
-    archive = data_zip(tmp_path / 'public.zip', {f'repo-1/notebooks/Nottingham/{name}': files[name] for name in names} |
-                       {'repo-1/notebooks/Other/train/0.mid': b'other', 'repo-1/README': b''}).read_bytes()
-    wrong = data_zip(tmp_path / 'wrong.zip', {f'Nottingham/{name}': files[name] + b'!' for name in names}).read_bytes()
-    bodies = dict(good=archive, truncated=archive[:len(archive) // 2], page=b'<html>', slow=archive, wrong=wrong)
+    good = data_zip(tmp_path / 'good', {f'repo-1/notebooks/Nottingham/{name}': files[name] for name in names} |
+                    {'repo-1/notebooks/Other/train/0.mid': b'other', 'repo-1/README': b''}).read_bytes()
+    data_zip(tmp_path / 'wrong', {f'Nottingham/{name}': files[name] + b'!' for name in names})
+    (tmp_path / 'truncated').write_bytes(good[:len(good) // 2])
+    (tmp_path / 'page').write_bytes(b'<html>')
     home = tmp_path / 'home'
     home.mkdir()
     (home / 'tunes.abc').write_text(''.join(f'X:{i}\nT:Tune {i}\nK:C\nCDEF\n\n' for i in range(9)))
     digest = hashlib.sha256(b''.join(name.encode() + b'\0' + files[name] for name in sorted(files))).hexdigest()
-    monkeypatch.setenv('no_proxy', '*')
     settings = dict(NOTTINGHAM=home / 'nottingham.zip', TUNES=home / 'tunes.abc', NOTTINGHAM_DIGEST=digest, TIMEOUT=1)
     for name, value in settings.items():
         monkeypatch.setattr(data, name, value)
-    stop = threading.Event()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            kind = self.path[1:]
-            if kind not in bodies:
-                return self.send_error(404)
-            self.send_response(200)
-            self.send_header('Content-Length', str(len(archive if kind == 'truncated' else bodies[kind])))
-            self.end_headers()
-            # 5 s in which no timeout of a socket would strike
-            drip = 25 * (kind == 'slow')
-            with contextlib.suppress(OSError):
-                for byte in bodies[kind][:drip]:
-                    if stop.wait(.2):
-                        return
-                    self.wfile.write(bytes([byte]))
-                self.wfile.write(bodies[kind][drip:])
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(.02,), daemon=True).start()
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        closed = s.getsockname()[1]
+    monkeypatch.setenv('no_proxy', '*')
+    urlopen = data.urllib.request.urlopen
+    monkeypatch.setattr(data.urllib.request, 'urlopen', lambda url, timeout:
+                        DataSlow(good) if 'slow' in url else urlopen(url, timeout=timeout))
+    # takes calls, and does not answer
+    silent = socket.create_server(('127.0.0.1', 0))
+    places = dict(silent=f'http://127.0.0.1:{silent.getsockname()[1]}')
 
     def serve(*kinds):
-        ports = [closed if kind == 'refused' else server.server_address[1] for kind in kinds]
-        urls = [f'http://127.0.0.1:{port}/{kind}' for port, kind in zip(ports, kinds)]
+        urls = [places.get(kind, f'file://localhost{tmp_path}/{kind}') for kind in kinds]
         monkeypatch.setattr(data, 'NOTTINGHAM_URLS', urls)
         return home, files
 
     yield serve
-    stop.set()
-    server.shutdown()
-    server.server_close()
+    silent.close()
 
 
 def test_data_nottingham_is_downloaded_and_kept(data_nottingham):
-    kinds = ('wrong', 'truncated', 'refused', 'slow', '404', 'page', 'good')
-    home, files = data_nottingham(*kinds)
+    home, files = data_nottingham('wrong', 'truncated', 'silent', 'slow', 'missing', 'page', 'good')
     lines = []
     dataset = data.load(log=lines.append)
     assert sorted(sum(data_names(dataset).values(), [])) == sorted(f'Nottingham/{name}' for name in files)
     assert all(f'/{split}/' in song.name for split, songs in dataset.songs.items() for song in songs)
     assert dataset.source == f'Nottingham, {home / "nottingham.zip"} (12 songs)'
-    assert [line.startswith('downloading Nottingham from 127.0.0.1') for line in lines] == 7 * [True] + [False]
+    assert [line.startswith('downloading Nottingham from ') for line in lines] == 7 * [True] + [False]
     with zipfile.ZipFile(home / 'nottingham.zip') as archive:
         assert {name.partition('/')[2]: archive.read(name) for name in archive.namelist()} == files
     # the second time there is no need for a network
-    data_nottingham('refused')
+    data_nottingham('missing')
     again = data.load(log=lines.append)
     assert data_same(again, dataset) and len(lines) == 9
 
 
-@pytest.mark.parametrize('kinds', [('wrong', 'page'), ('truncated', '404'), ('refused', 'slow')])
-def test_data_nottingham_that_cannot_be_had_is_the_tune_book(data_nottingham, kinds):
-    home, _ = data_nottingham(*kinds)
+def test_data_nottingham_that_cannot_be_had_is_the_tune_book(data_nottingham, monkeypatch):
+    home, files = data_nottingham('wrong', 'missing')
     lines = []
     dataset = data.load(log=lines.append)
     assert 'tunes.abc' in dataset.source and '(9 songs)' in dataset.source
-    assert sum('tunes.abc' in line for line in lines) == 1
-    assert [p.name for p in home.iterdir()] == ['tunes.abc']
-
-
-def test_data_nottingham_wrong_archives_and_no_place(data_nottingham, monkeypatch):
-    home, files = data_nottingham('good')
+    assert sum('tunes.abc' in line for line in lines) == 1 and os.listdir(home) == ['tunes.abc']
+    # a wrong archive is replaced
     data_zip(home / 'nottingham.zip', {'Nottingham/train/0.mid': files['train/0.mid']})
-    lines = []
-    assert '(12 songs)' in data.load(log=lines.append).source and len(lines) == 2
-    assert '(12 songs)' in data.load(log=lines.append).source and len(lines) == 3
+    data_nottingham('good')
+    for downloads in (1, 0):
+        lines = []
+        assert '(12 songs)' in data.load(log=lines.append).source and len(lines) == 1 + downloads
     monkeypatch.setattr(data, 'NOTTINGHAM', home / 'missing' / 'nottingham.zip')
     assert 'tunes.abc' in data.load(log=lines.append).source and any('there is no folder' in line for line in lines)
     (home / 'tunes.abc').unlink()
-    data_nottingham('refused')
-    with pytest.raises(data.UserError, match='neither Nottingham .*refused.*tunes.abc'):
+    data_nottingham('missing')
+    with pytest.raises(data.UserError, match='neither Nottingham .*No such file.*tunes.abc'):
         data.load(log=lines.append)
 
 
@@ -1365,11 +1242,9 @@ def wkv_random_state(B, C, device='cpu'):
     return torch.stack((a, 1 + b.abs(), 5 * p), 1).to(device)
 
 
-def wkv_sum(w, u, k, v, g, state=None, size=False):
+def wkv_sum(w, u, k, v, g, state=None):
     """y and the gradients of sum(g y) by w, u, k, v, as sums written from the formula: with P[s, t] the weight of
-    frame t in y_s, the gradient of its exponent is g_s P[s, t] sum_j P[s, j] (v_t - v_j).
-    size: the same sums of absolute values.
-    """
+    frame t in y_s, the gradient of its exponent is g_s P[s, t] sum_j P[s, j] (v_t - v_j)."""
     w, u, k, v, g = (x.detach().cpu().double() for x in (w, u, k, v, g))
     if state is not None:
         # as one more frame before the first
@@ -1383,17 +1258,11 @@ def wkv_sum(w, u, k, v, g, state=None, size=False):
     # (B, S, T, C)
     exponent = torch.where(age < 0, (k + u)[:, None], k[:, None] - age * w)
     P = torch.softmax(exponent.masked_fill(age < -1, -torch.inf), 2)
-    near = v[:, :, None] - v[:, None]
     g = g[:, :, None]
-    if size:
-        near = near.abs()
-        v = v.abs()
-        g = g.abs()
-    d = g * P * torch.einsum('bsjc,btjc->bstc', P, near)
-    dw = (d * age.clamp_min(0)).sum((0, 1, 2))
-    y = (P * v[:, None]).sum(2)
+    d = g * P * torch.einsum('bsjc,btjc->bstc', P, v[:, :, None] - v[:, None])
+    dw = -(d * age.clamp_min(0)).sum((0, 1, 2))
     du = (d * (age == -1)).sum((0, 1, 2))
-    return y, dw if size else -dw, du, d.sum(1)[:, before:], (P * g).sum(1)[:, before:]
+    return (P * v[:, None]).sum(2), dw, du, d.sum(1)[:, before:], (P * g).sum(1)[:, before:]
 
 
 def wkv_run(w, u, k, v, g, state=None, backend=None):
@@ -1404,36 +1273,23 @@ def wkv_run(w, u, k, v, g, state=None, backend=None):
     return [y.detach(), *torch.autograd.grad(y, leaves, g), state]
 
 
-def wkv_error(x, want):
-    """|x - want| / |want|; less than 1e-30 counts as the zero it is in float32."""
-    assert torch.isfinite(x).all()
-    want = want.cpu().double()
-    return ((x.cpu().double() - want).norm() / want.norm().clamp_min(1e-30)).item()
-
-
 def wkv_check(got, want, forward=1e-5, gradient=1e-4):
-    errors = [wkv_error(x, y) for x, y in zip(got, want)]
-    assert errors[0] <= forward and max(errors[1:]) <= gradient, errors
+    """|x - want| / |want| of y and of all that follows; less than 1e-30 counts as the zero it is in float32."""
+    for x, y, bound in zip(got, want, [forward] + 5 * [gradient]):
+        y = y.cpu().double()
+        assert ((x.cpu().double() - y).norm() / y.norm().clamp_min(1e-30)).item() <= bound
 
 
 @pytest.mark.parametrize('scale', [1, 30])
-@pytest.mark.parametrize('T', [1, 2, 31, 32, 33])
+@pytest.mark.parametrize('T', [1, 2, 31, 32, 33, 100])
 def test_wkv_kernel_is_the_sum(wkv_device, T, scale):
-    cases = [(C, w) for C in (1, 7, 64) for w in (None, 1e-4, 1.0, 50.0)]
-    for seed, (C, w) in enumerate(cases):
-        inputs = wkv_inputs(2, T, C, scale, w, device=wkv_device, seed=seed)
+    for C, w in itertools.product((1, 7, 64), (None, 1e-4, 1.0, 50.0)):
+        inputs = wkv_inputs(2, T, C, scale, w, device=wkv_device, seed=C)
         for state in (None, wkv_random_state(2, C, wkv_device)):
-            got = wkv_run(*inputs, state, wkv_device)[:5]
-            want = wkv_sum(*inputs, state)
-            wkv_check(got, want)
-            # each number, by the size of its terms
-            sizes = wkv_sum(*inputs, state, size=True)
-            for x, y, size, bound in zip(got, want, sizes, (1e-5, 1e-4, 1e-4, 1e-2, 1e-4)):
-                assert ((x.cpu() - y).abs() <= bound * size + 1e-30).all()
+            wkv_check(wkv_run(*inputs, state, wkv_device)[:5], wkv_sum(*inputs, state))
 
 
-@pytest.mark.parametrize('T, C, scale',
-                         [(1000, 512, 1), (1000, 64, 30), (4096, 1, 30), (4096, 7, 1), (4096, 64, 30)])
+@pytest.mark.parametrize('T, C, scale', [(1000, 512, 1), (4096, 7, 1), (4096, 64, 30)])
 def test_wkv_kernel_over_long_times(wkv_device, T, C, scale):
     inputs = wkv_inputs(1, T, C, scale, device=wkv_device)
     want = wkv_run(*(x.double() for x in inputs), None, 'torch')
@@ -1449,7 +1305,7 @@ def test_wkv_torch_is_the_sum(T, scale):
         wkv_check(wkv_run(*(x.double() for x in inputs), state, 'torch')[:5], want, 1e-12, 1e-10)
 
 
-@pytest.mark.parametrize('segments, warps', [(2, 1), (3, 1), (5, 1), (16, 1), (1, 2), (1, 16), (4, 16), (16, 16)])
+@pytest.mark.parametrize('segments, warps', [(2, 1), (3, 1), (16, 1), (1, 2), (1, 16), (4, 16), (16, 16)])
 def test_wkv_parts_of_time_give_the_same(wkv_device, monkeypatch, segments, warps):
     if wkv_device == 'cpu' and warps > 1:
         pytest.skip('a CPU has no warps')
@@ -1462,14 +1318,12 @@ def test_wkv_parts_of_time_give_the_same(wkv_device, monkeypatch, segments, warp
         # nothing of size (B, T, C) is kept
         assert saved.shape == (2, -(-333 // wkv.CHUNK[wkv_device]), 3, 33)
         results.append([y, last[:, 2], *wkv.launch_backward(w, u, k, v, saved, g)])
-    want, got = results
-    for x, y, bound in zip(got, want, (1e-6, 1e-6, 1e-5, 1e-5, 1e-5, 1e-5)):
-        assert wkv_error(x, y) < bound
+    wkv_check(*results[::-1], 1e-6, 1e-5)
 
 
 @pytest.mark.parametrize('T, pieces, backend', [
     (100, [1] * 100, 'torch'), (100, [7, 32, 33, 28], 'torch'),
-    (100, [1] * 100, None), (100, [7, 32, 33, 28], None), (100, [99, 1], None), (200_000, [1000] * 200, None)])
+    (100, [1] * 100, None), (100, [7, 32, 33, 28], None), (200_000, [1000] * 200, None)])
 def test_wkv_state_continues_a_tune(wkv_device, T, pieces, backend):
     w, u, k, v, _ = wkv_inputs(3, T, 20, 5, device=wkv_device)
     want, last = wkv.wkv(w, u, k, v, backend=backend)
@@ -1479,12 +1333,12 @@ def test_wkv_state_continues_a_tune(wkv_device, T, pieces, backend):
         with torch.no_grad():
             out, state = wkv.wkv(w, u, k_piece, v_piece, state, backend)
         y.append(out)
-    assert wkv_error(torch.cat(y, 1), want) < 1e-5
-    assert wkv_error(state[:, 0] / state[:, 1], last[:, 0] / last[:, 1]) < 1e-5
+    wkv_check([torch.cat(y, 1), state[:, 0] / state[:, 1]], [want, last[:, 0] / last[:, 1]], 1e-5, 1e-5)
     assert (state[:, 1].log() + state[:, 2] - last[:, 1].log() - last[:, 2]).abs().max() < 1e-3
     # the back ends read each other's state
     _, state = wkv.wkv(w, u, k[:, :50], v[:, :50], backend=backend)
-    assert wkv_error(wkv.wkv(w, u, k[:, 50:100], v[:, 50:100], state, 'torch')[0], want[:, 50:100]) < 1e-5
+    y, _ = wkv.wkv(w, u, k[:, 50:100], v[:, 50:100], state, 'torch')
+    wkv_check([y], [want[:, 50:100]])
 
 
 def test_wkv_bfloat16(wkv_device):
@@ -1500,36 +1354,24 @@ def test_wkv_bfloat16(wkv_device):
     assert (got[0] == exact[0].bfloat16()).float().mean() > 0.99
 
 
-@pytest.mark.parametrize('given, sums', [('float64', 'float64'), ('float32', 'float32'), ('float16', 'float32')])
-def test_wkv_types(given, sums):
-    w, u, k, v, g = wkv_inputs(2, 5, 3, dtype=getattr(torch, given))
-    for weights in (torch.float32, torch.float64):
-        state = wkv_random_state(2, 3)
-        want = wkv_sum(w, u, k, v, g, state)[0]
-        y, state = wkv.wkv(w.to(weights), u.to(weights), k, v, state)
-        assert y.dtype == k.dtype and state.dtype == getattr(torch, sums)
-        # float64 is float64 throughout, whatever the state comes in
-        assert wkv_error(y, want) < 100 * torch.finfo(k.dtype).eps
-
-
 def test_wkv_strides_and_nan(wkv_device):
     w, u, k, v, g = wkv_inputs(2, 40, 12, device=wkv_device)
     want = wkv_run(w, u, k, v, g)
     got = wkv_run(w.repeat_interleave(2)[::2], u, *(x.mT.contiguous().mT for x in (k, v, g)))
-    assert all(torch.equal(x, y) for x, y in zip(got, want))
+    assert all(map(torch.equal, got, want))
     # a diverged model has to show
     k[1, 20, 3] = math.nan
     y = wkv.wkv(w, u, k, v)[0]
     assert y[1, 20:, 3].isnan().all() and y.isnan().sum() == 20
 
 
-def test_wkv_opcheck(wkv_device):
-    for dtype in (torch.float32, torch.bfloat16):
-        w, u, k, v, g = wkv_inputs(2, 40, 5, dtype=dtype, device=wkv_device)
-        state = wkv_random_state(2, 5, wkv_device)
-        saved = wkv.kernel_forward(w, u, k, v, state)[2]
-        torch.library.opcheck(wkv.kernel_forward, (*(x.requires_grad_() for x in (w, u, k, v)), state))
-        torch.library.opcheck(wkv.kernel_backward, (*(x.detach() for x in (w, u, k, v)), saved, g))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_wkv_opcheck(wkv_device, dtype):
+    w, u, k, v, g = wkv_inputs(2, 40, 5, dtype=dtype, device=wkv_device)
+    state = wkv_random_state(2, 5, wkv_device)
+    saved = wkv.kernel_forward(w, u, k, v, state)[2]
+    torch.library.opcheck(wkv.kernel_forward, (*(x.requires_grad_() for x in (w, u, k, v)), state))
+    torch.library.opcheck(wkv.kernel_backward, (*(x.detach() for x in (w, u, k, v)), saved, g))
 
 
 def test_wkv_compiles_into_a_training_step(wkv_device):
@@ -1550,16 +1392,13 @@ def test_wkv_compiles_into_a_training_step(wkv_device):
 @pytest.mark.parametrize('change, match', [
     (dict(backend='gpu'), "'gpu'"), (dict(backend='cuda'), "'cuda' cannot run on torch.float32 on cpu"),
     (dict(w=torch.ones(4)), r'\(4,\)'), (dict(v=torch.ones(2, 4, 3)), r'\(2, 4, 3\)'),
-    (dict(state=torch.zeros(1, 3, 3)), r'\(1, 3, 3\)'),
+    (dict(state=torch.zeros(1, 3, 3)), r'\(1, 3, 3\)'), (dict(u=torch.ones(3, device='meta')), 'on one device'),
     (dict(k=torch.ones(2, 0, 3), v=torch.ones(2, 0, 3)), 'none of them 0'),
-    (dict(u=torch.ones(3, device='meta')), 'on one device'),
     (dict(v=torch.ones(2, 5, 3).double()), 'of one floating type.*float64'),
-    (dict(k=torch.ones(2, 5, 3).int(), v=torch.ones(2, 5, 3).int()), 'of one floating type'),
     (dict(k=torch.ones(2, 5, 3).double(), v=torch.ones(2, 5, 3).double(), backend='cpu'), 'run on torch.float64')])
 def test_wkv_refuses(change, match):
-    inputs = dict(zip('wukv', wkv_inputs(2, 5, 3)))
     with pytest.raises(ValueError, match=match):
-        wkv.wkv(**{**inputs, **change})
+        wkv.wkv(**dict(zip('wukv', wkv_inputs(2, 5, 3))) | change)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1584,14 +1423,12 @@ def test_wkv_falls_back_with_one_line(tmp_path, change):
     assert len(said) == 1 and re.match('WKV: plain PyTorch, as the cpu kernel cannot be used: .', said[0])
 
 
-@pytest.mark.parametrize('openmp', [True, False])
-def test_wkv_two_processes_build_at_once(tmp_path, wkv_device, openmp):
+def test_wkv_two_processes_build_at_once_and_without_openmp(tmp_path, wkv_device):
     compiler = tmp_path / 'compiler'
     compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1; esac\nexec c++ "$@"\n')
     compiler.chmod(0o755)
-    change = {} if openmp else dict(CXX=str(compiler))
     code = f'import wkv; print(wkv.describe({wkv_device!r}))'
-    for process in [wkv_process(tmp_path, code, **change) for _ in range(2)]:
+    for process in [wkv_process(tmp_path, code, CXX=str(compiler)) for _ in range(2)]:
         out, err = process.communicate()
         assert out == f'WKV: {wkv_device} kernel\n', err
     assert [path.suffix for path in (tmp_path / 'cache' / 'wkv').iterdir()] == ['.so']
@@ -1616,7 +1453,6 @@ def test_wkv_a_wrong_kernel_is_set_aside(tmp_path, monkeypatch, capsys, wkv_devi
     inputs = wkv_inputs(2, 40, 5, device=wkv_device)[:4]
     with torch.inference_mode():
         y = wkv.wkv(*inputs)[0]
-        assert torch.equal(wkv.wkv(*inputs)[0], y)
     assert torch.equal(y, wkv.wkv(*inputs, backend='torch')[0])
     line, = [line for line in capsys.readouterr().err.splitlines() if 'WKV' in line]
     assert line.startswith(f'WKV: plain PyTorch, as the {wkv_device} kernel cannot be used: {reason}')
@@ -1631,20 +1467,6 @@ def test_wkv_other_devices():
         assert wkv.describe('cuda').startswith('WKV: plain PyTorch, as the cuda kernel cannot be used: ')
 
 
-@pytest.mark.parametrize('arch', ['sm_80', 'sm_90'])
-def test_wkv_nvcc_builds_without_warnings_or_spills(tmp_path, arch):
-    if not shutil.which('nvcc'):
-        pytest.skip('no nvcc')
-    run = subprocess.run(['nvcc', *wkv.FLAGS['cuda'], f'-DCHUNK={wkv.CHUNK["cuda"]}', f'-arch={arch}', '-cubin',
-                          '-Werror=all-warnings', '-Xptxas=-v,-warn-spills', wkv.SOURCE, '-o', tmp_path / 'out'],
-                         text=True, capture_output=True)
-    report = run.stdout + run.stderr
-    assert run.returncode == 0 and 'warning' not in report, report
-    spills = re.findall(r'(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads', report)
-    # forward and backward, two types
-    assert len(spills) == 4 and set(spills) == {('0', '0', '0')}, report
-
-
 @pytest.mark.skipif('cuda' not in WKV_DEVICES, reason='no GPU')
 def test_wkv_runs_on_the_current_stream():
     w, u, k, v, g = wkv_inputs(4, 300, 100, device='cuda')
@@ -1655,16 +1477,18 @@ def test_wkv_runs_on_the_current_stream():
         torch.cuda._sleep(10_000_000)
         got = wkv_run(w, u, k * 1, v, g)
     torch.cuda.synchronize()
-    assert all(torch.equal(x, y) for x, y in zip(got, want))
+    assert all(map(torch.equal, got, want))
 
 
-def test_wkv_benchmark():
-    command = [sys.executable, wkv.__file__, '--shapes']
-    run = subprocess.run([*command, '1,20,8'], text=True, capture_output=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith('WKV: ') and re.search('1,20,8 torch: forward .* 1.0 x plain', run.stdout)
-    run = subprocess.run([*command, '0,1,1'], text=True, capture_output=True)
-    assert run.returncode == 2 and "'0,1,1'" in run.stderr and 'Traceback' not in run.stderr
+def test_wkv_benchmark(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['wkv.py', '--shapes', '1,20,8'])
+    wkv.main()
+    out = capsys.readouterr().out
+    assert out.startswith('WKV: ') and re.search('1,20,8 torch: forward .* 1.0 x plain', out)
+    monkeypatch.setattr(sys, 'argv', ['wkv.py', '--shapes', '0,1,1'])
+    with pytest.raises(SystemExit, match='2'):
+        wkv.main()
+    assert "'0,1,1'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1724,12 +1548,12 @@ def test_model_in_pieces_equals_all_at_once(arch, kind, dtype):
     for window in (1024, 1, 6) if arch == 'transformer' else (1024,):
         model = model_random(arch, kind, dtype, window=window)
         # as in training; the pieces below, without gradients, as in composing
-        whole, _ = model(frames)
+        whole = model(frames)[0].detach()
         # rounding errors add up over 2 layers and 20 frames: over a dozen seeds the largest was 10 eps
         tolerance = 100 * torch.finfo(dtype).eps * whole.abs().max().item()
         with torch.no_grad():
             # one row alone
-            model_close(model(frames[1:])[0], whole[1:].detach(), tolerance)
+            model_close(model(frames[1:])[0], whole[1:], tolerance)
             for lengths in [20 * [1], [7, 1, 3, 9], [1, 12, 7]]:
                 outs = []
                 state = None
@@ -1739,7 +1563,7 @@ def test_model_in_pieces_equals_all_at_once(arch, kind, dtype):
                     assert torch.equal(out, model(piece, state)[0])
                     outs.append(out)
                     state = after
-                model_close(torch.cat(outs, 1), whole.detach(), tolerance)
+                model_close(torch.cat(outs, 1), whole, tolerance)
 
 
 @model_each_arch_and_kind
@@ -1762,13 +1586,12 @@ def test_model_outputs_depend_on_all_earlier_frames_and_on_no_later_one(arch, ki
 def test_model_in_bfloat16_is_near_float32(arch, kind):
     model = model_random(arch, kind, torch.float32)
     frames = model_frames(kind, 2, 20, 7)
-    nats = []
-    for mixed in (False, True):
-        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=mixed):
-            nats.append(model.head.nll(model(frames[:, :-1])[0], frames[:, 1:]))
-    assert nats[1].dtype == torch.float32 and not torch.equal(*nats)
+    exact = model.nats(frames)
+    with torch.autocast('cpu', torch.bfloat16):
+        nats = model.nats(frames)
+    assert nats.dtype == torch.float32 and not torch.equal(nats, exact)
     # eps is 2^-8; the mean over 38 frames of some 3 nats
-    assert nats[1].mean().item() == pytest.approx(nats[0].mean().item(), rel=2 ** -5)
+    assert nats.mean().item() == pytest.approx(exact.mean().item(), rel=2 ** -5)
 
 
 @model_each_arch_and_kind
@@ -1781,34 +1604,29 @@ def test_model_gradients_reach_every_parameter(arch, kind):
     for _ in range(3):
         optimizer.step()
         optimizer.zero_grad()
-        model.head.nll(model(frames[:, :-1])[0], frames[:, 1:]).mean().backward()
+        model.loss(frames, None, None, None).backward()
     unreached = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert unreached == [] and all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize('arch', ['rwkv', 'transformer'])
 @pytest.mark.parametrize('kind', MODEL_KINDS)
-def test_model_loss_of_a_window_equals_that_in_the_whole_tune(arch, kind):
-    # as initialised, these blocks are the identity, so a frame is told of the past by clock and lookback alone
+def test_model_loss_of_a_window_equals_that_in_the_whole_tune(kind):
+    # as initialised, RWKV blocks are the identity, so a frame is told of the past by clock and lookback alone
     torch.manual_seed(0)
-    model = Model(Config(7, arch, n_layer=1, n_embd=8, dropout=0, **MODEL_KINDS[kind] | dict(lookback=4))).double()
+    model = Model(Config(7, n_layer=1, n_embd=8, dropout=0, **MODEL_KINDS[kind] | dict(lookback=4))).double()
     for part in (model.emb, model.clock, model.look, model.head):
         if part:
             model_randomise(part)
     frames = model_frames(kind, 3, 40, 7)
     frames[:, 0] = torch.eye(7, dtype=torch.uint8)[6]
-    out, _ = model(frames[:, :-1])
-    nats = model.head.nll(out, frames[:, 1:])
+    nats = model.nats(frames)
+    time, age = model.advance(frames, model.start(frames))
     for start in range(5, 30):
-        # runs are counted anew
-        if (frames[:, start - 1:start] == frames[:, start - 5:start - 1]).all(-1).any():
-            continue
-        began = [max(row[:start, -1].nonzero().flatten().tolist()) for row in frames]
-        age = torch.tensor([start - 1 - b for b in began])
-        steps = (frames[..., 3:6] * torch.tensor([1, 2, 3])).sum(-1)
-        time = torch.stack([row[b + 1:start].sum() for row, b in zip(steps, began)]) if model.config.shift else age
-        loss = model.loss(frames[:, start:start + 10], frames[:, start - 4:start], age, time)
-        assert loss.item() == pytest.approx(nats[:, start:start + 9].mean().item(), rel=1e-6)
+        past = frames[:, start - 4:start]
+        loss = model.loss(frames[:, start:start + 10], past, age[:, start - 1], time[:, start - 1])
+        # runs are counted anew, so where one goes on there is a difference
+        if not (past[:, -1:] == frames[:, start - 5:start - 1]).all(-1).any():
+            assert loss.item() == pytest.approx(nats[:, start:start + 9].mean().item(), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1825,11 +1643,6 @@ def model_softmax(z):
 def model_layer_norm(x, P, name):
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     return x * P[name + '.weight'] + P[name + '.bias']
-
-
-def model_rms_norm(x, P, name):
-    # float64 has its own smallest step
-    return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + np.finfo(float).eps) * P[name + '.weight']
 
 
 @pytest.mark.parametrize('W', [1, 3, 6])
@@ -1868,12 +1681,6 @@ def test_model_lookback_against_its_equations(W):
             x = model_layer_norm(x + P['look.recall.weight'] @ recalled, P, 'ln_out')
             out[b, t - W] = P['head.out.weight'] @ x + P['head.out.bias']
     model_close(model(frames)[0], out, 1e-12)
-    # a window cut from the middle of a tune comes with the frames before it, and counts runs anew (here none goes on)
-    frames[:, 1:5, 0] = 0
-    frames[:, 5, 0] = 1
-    age = torch.tensor([5 - max(row[:6, -1].nonzero().flatten().tolist()) for row in frames])
-    later, _ = model(frames[:, 6:], model.start(frames[:, 6:], frames[:, 6 - W:6], age, age))
-    model_close(later, model(frames)[0].detach()[:, 6:], 1e-12)
 
 
 @pytest.mark.parametrize('shift', [0, 2])
@@ -1900,126 +1707,89 @@ def test_model_clock_against_its_equation(shift):
     x = model_layer_norm(model_layer_norm(x, P, 'ln_in'), P, 'ln_out')
     # the angles are float32
     model_close(model(frames)[0][0], x @ P['head.out.weight'].T + P['head.out.bias'], 1e-5)
-    # a window from the middle of a tune is told where it stands: frame 12 is the fifth of its tune
-    later, _ = model(frames[:, 13:], model.start(frames[:, 13:], None, torch.tensor([4]), torch.tensor([now[12]])))
-    model_close(later, model(frames)[0].detach()[:, 13:], 1e-12)
 
 
-def model_rnn_by_hand(x, P):
-    h = np.zeros_like(x[0])
-    out = []
-    for row in model_layer_norm(x, P, 'ln'):
-        h = np.tanh(P['rnn.weight_ih_l0'] @ row + P['rnn.bias_ih_l0'] + P['rnn.weight_hh_l0'] @ h + P['rnn.bias_hh_l0'])
-        out.append(h)
-    return x + out, [h]
-
-
-def model_lstm_by_hand(x, P):
+def model_recurrent_by_hand(x, P, heads, window):
+    P = {name.split('.')[-1]: p for name, p in P.items()} | P
     h = np.zeros_like(x[0])
     c = np.zeros_like(x[0])
     out = []
     for row in model_layer_norm(x, P, 'ln'):
-        gates = P['lstm.weight_ih_l0'] @ row + P['lstm.bias_ih_l0'] + P['lstm.weight_hh_l0'] @ h + P['lstm.bias_hh_l0']
-        i, f, g, o = gates.reshape(4, -1)
-        c = model_sigmoid(f) * c + model_sigmoid(i) * np.tanh(g)
-        h = model_sigmoid(o) * np.tanh(c)
+        z = P['weight_ih_l0'] @ row + P['bias_ih_l0'] + P['weight_hh_l0'] @ h + P['bias_hh_l0']
+        if len(z) == len(h):
+            h = np.tanh(z)
+        else:
+            i, f, g, o = z.reshape(4, -1)
+            c = model_sigmoid(f) * c + model_sigmoid(i) * np.tanh(g)
+            h = model_sigmoid(o) * np.tanh(c)
         out.append(h)
-    return x + out, [h, c]
+    return x + out
 
 
-def model_mixed(x, m):
-    """Token shift of arXiv 2305.13048: x (T, C), each frame mixed with the one before it."""
-    return m * x + (1 - m) * np.vstack((np.zeros(x.shape[1]), x[:-1]))
+def model_rwkv_by_hand(x, P, heads, window):
+    """As arXiv 2305.13048 writes it: the WKV as two sums over all of the past."""
+    def mixed(x, name, matrix):
+        m = P[name]
+        return (m * x + (1 - m) * np.vstack((0 * x[:1], x[:-1]))) @ P[matrix].T
 
-
-def model_time_mix_by_hand(x, P):
-    """Time mixing as the paper writes it: the WKV as two sums over all of the past, in float64."""
-    r, k, v = (model_mixed(x, P[f'att.time_mix_{n}']) @ P[f'att.{m}.weight'].T
-               for n, m in zip('rkv', ('receptance', 'key', 'value')))
+    z = model_layer_norm(x, P, 'ln1')
+    r = mixed(z, 'att.time_mix_r', 'att.receptance.weight')
+    k = mixed(z, 'att.time_mix_k', 'att.key.weight')
+    v = mixed(z, 'att.time_mix_v', 'att.value.weight')
     w = np.exp(P['att.time_decay'])
     wkv = np.zeros_like(x)
     for t in range(len(x)):
         weights = [np.exp(-(t - 1 - i) * w + k[i]) for i in range(t)] + [np.exp(P['att.time_first'] + k[t])]
         wkv[t] = (weights * v[:t + 1]).sum(0) / np.sum(weights, axis=0)
-    return (model_sigmoid(r) * wkv) @ P['att.output.weight'].T
-
-
-def model_channel_mix_by_hand(x, P):
-    """Channel mixing as the paper writes it."""
-    r = model_mixed(x, P['ffn.time_mix_r']) @ P['ffn.receptance.weight'].T
-    k = model_mixed(x, P['ffn.time_mix_k']) @ P['ffn.key.weight'].T
-    return model_sigmoid(r) * (np.maximum(k, 0) ** 2 @ P['ffn.value.weight'].T)
-
-
-def model_rwkv_by_hand(x, P):
-    x = x + model_time_mix_by_hand(model_layer_norm(x, P, 'ln1'), P)
-    return x + model_channel_mix_by_hand(model_layer_norm(x, P, 'ln2'), P)
-
-
-def model_rotated(x, position):
-    """Rotary positions: the pairs (j, j + D/2) of x (D,) are complex numbers, and turned."""
-    z = x[:len(x) // 2] + 1j * x[len(x) // 2:]
-    z = z * np.exp(1j * position / 10000 ** (np.arange(len(z)) / len(z)))
-    return np.concatenate((z.real, z.imag))
-
-
-def model_attention_by_hand(x, P, heads, window):
-    T, C = x.shape
-    out = np.zeros_like(x)
-    for head in np.arange(C).reshape(heads, -1):
-        q, k, v = (x @ P[f'att.{name}.weight'][head].T for name in ('query', 'key', 'value'))
-        q = np.array([model_rotated(row, t) for t, row in enumerate(q)])
-        k = np.array([model_rotated(row, t) for t, row in enumerate(k)])
-        for t in range(T):
-            seen = slice(max(0, t - window + 1), t + 1)
-            out[t, head] = model_softmax(k[seen] @ q[t] / np.sqrt(len(head))) @ v[seen]
-    return out @ P['att.output.weight'].T
+    x = x + (model_sigmoid(r) * wkv) @ P['att.output.weight'].T
+    z = model_layer_norm(x, P, 'ln2')
+    r = mixed(z, 'ffn.time_mix_r', 'ffn.receptance.weight')
+    k = mixed(z, 'ffn.time_mix_k', 'ffn.key.weight')
+    return x + model_sigmoid(r) * (np.maximum(k, 0) ** 2 @ P['ffn.value.weight'].T)
 
 
 def model_transformer_by_hand(x, P, heads, window):
-    x = x + model_attention_by_hand(model_rms_norm(x, P, 'norm1'), P, heads, window)
-    y = model_rms_norm(x, P, 'norm2')
+    def rms_norm(x, name):
+        # float64 has its own smallest step
+        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + np.finfo(float).eps) * P[name]
+
+    def rotated(x):
+        """Rotary positions: the pairs (j, j + D/2) of x (T, D) are complex numbers, and turned."""
+        T, D = x.shape
+        z = x[:, :D // 2] + 1j * x[:, D // 2:]
+        z = z * np.exp(1j * np.arange(T)[:, None] / 10000 ** (2 * np.arange(D // 2) / D))
+        return np.hstack((z.real, z.imag))
+
+    y = rms_norm(x, 'norm1.weight')
+    attended = np.zeros_like(x)
+    for head in np.arange(x.shape[1]).reshape(heads, -1):
+        q, k, v = (y @ P[f'att.{name}.weight'][head].T for name in ('query', 'key', 'value'))
+        q = rotated(q)
+        k = rotated(k)
+        for t in range(len(x)):
+            seen = slice(max(0, t - window + 1), t + 1)
+            attended[t, head] = model_softmax(k[seen] @ q[t] / np.sqrt(len(head))) @ v[seen]
+    x = x + attended @ P['att.output.weight'].T
+    y = rms_norm(x, 'norm2.weight')
     gate = y @ P['ffn.gate.weight'].T
     return x + (gate * model_sigmoid(gate) * (y @ P['ffn.input.weight'].T)) @ P['ffn.output.weight'].T
 
 
-@pytest.mark.parametrize('arch, by_hand', [('rnn', model_rnn_by_hand), ('lstm', model_lstm_by_hand)])
-def test_model_recurrent_blocks_against_their_equations(arch, by_hand):
+@pytest.mark.parametrize('arch, by_hand, C, heads, window', [
+    ('rnn', model_recurrent_by_hand, 5, 1, 1), ('lstm', model_recurrent_by_hand, 5, 1, 1),
+    ('rwkv', model_rwkv_by_hand, 6, 1, 1), ('transformer', model_transformer_by_hand, 6, 1, 1024),
+    ('transformer', model_transformer_by_hand, 88, 2, 5), ('transformer', model_transformer_by_hand, 96, 3, 1)])
+def test_model_blocks_against_their_equations(arch, by_hand, C, heads, window):
     torch.manual_seed(0)
-    block = model_randomise(models.ARCHITECTURES[arch](Config(7, n_embd=5), layer=1)).double().eval()
-    x = torch.randn(2, 9, 5, dtype=torch.float64)
-    first, state = block(x[:, :4], None)
-    second, state = block(x[:, 4:], state)
-    expected, last = zip(*(by_hand(row, model_arrays(block)) for row in x.numpy()))
-    model_close(torch.cat((first, second), 1), np.stack(expected), 1e-12)
-    state = state if arch == 'lstm' else (state,)
-    model_close(torch.stack(state)[:, 0, 1], np.stack(last[1]), 1e-12)
-
-
-def test_model_rwkv_block_against_the_formulas():
-    torch.manual_seed(0)
-    block = model_randomise(models.RWKVBlock(Config(7, n_embd=6), layer=1)).double().eval()
-    x = torch.randn(2, 11, 6, dtype=torch.float64)
-    first, state = block(x[:, :4], None)
-    second, _ = block(x[:, 4:], state)
-    expected = np.stack([model_rwkv_by_hand(row, model_arrays(block)) for row in x.numpy()])
-    model_close(torch.cat((first, second), 1), expected, 1e-11)
-
-
-@pytest.mark.parametrize('C, heads', [(6, 1), (64, 2), (96, 3), (88, 2)])
-@pytest.mark.parametrize('window', [1, 5, 1024])
-def test_model_transformer_block_against_the_formulas(C, heads, window):
-    torch.manual_seed(0)
-    block = models.TransformerBlock(Config(7, n_embd=C, window=window), layer=1)
+    block = models.ARCHITECTURES[arch](Config(7, n_embd=C, window=window), layer=1)
     block = model_randomise(block, 2 / C ** 0.5).double().eval()
     x = torch.randn(2, 11, C, dtype=torch.float64)
-    first, state = block(x[:, :4], None)
-    second, (past, count) = block(x[:, 4:], state)
-    assert block.att.heads == heads and count == 11
-    assert past[0].shape == past[1].shape == (2, heads, min(11, window - 1), C // heads)
-    expected = np.stack([model_transformer_by_hand(row, model_arrays(block), heads, window) for row in x.numpy()])
-    model_close(torch.cat((first, second), 1), expected, 1e-11)
-    model_close(block(x, None)[0], expected, 1e-11)
+    out, state = block(x, None)
+    model_close(out, np.stack([by_hand(row, model_arrays(block), heads, window) for row in x.numpy()]), 1e-11)
+    if arch == 'transformer':
+        # no more is kept than the window sees
+        (keys, _), _ = state
+        assert keys.shape == (2, heads, min(11, window - 1), C // heads)
 
 
 def test_model_rotary_products_depend_on_distance_alone():
@@ -2030,61 +1800,46 @@ def test_model_rotary_products_depend_on_distance_alone():
 
 @pytest.mark.parametrize('L', [1, 3])
 def test_model_rwkv_starts_as_v4neo(L):
-    """Names, shapes and values of RWKV-LM's RWKV-v4neo/src/model.py, where ln_in is ln0 of the first block and mixes
-    are (1, 1, C); one layer, a division by zero there, works."""
+    """The values of RWKV-LM's RWKV-v4neo/src/model.py; one layer, a division by zero there, works."""
     C = 12
-    state = Model(Config(7, n_layer=L, n_embd=C)).state_dict()
-    shapes = {f'ln_{side}.{name}': (C,) for side in ('in', 'out') for name in ('weight', 'bias')}
-    for block in (f'blocks.{i}.' for i in range(L)):
-        names = [f'ln{n}.{name}' for n in (1, 2) for name in ('weight', 'bias')] + ['att.time_decay', 'att.time_first']
-        names += [f'att.time_mix_{n}' for n in 'kvr'] + ['ffn.time_mix_k', 'ffn.time_mix_r']
-        shapes |= {block + name: (C,) for name in names}
-        square = ['att.key', 'att.value', 'att.receptance', 'att.output', 'ffn.receptance']
-        shapes |= {f'{block}{name}.weight': (C, C) for name in square}
-        shapes |= {block + 'ffn.key.weight': (4 * C, C), block + 'ffn.value.weight': (C, 4 * C)}
-    assert {name: tuple(p.shape) for name, p in state.items() if name.startswith(('blocks.', 'ln'))} == shapes
-
-    for i in range(L):
+    share = np.arange(C) / C
+    zigzag = np.array([0, 1, -1] * 4)
+    for i, block in enumerate(Model(Config(7, n_layer=L, n_embd=C)).blocks):
+        P = model_arrays(block)
         # from 0 to 1; from 1 to almost 0
         up = i / max(1, L - 1)
         down = 1 - i / L
-        att, ffn = ({name.split('.', 3)[3]: p for name, p in state.items() if f'blocks.{i}.{part}.' in name}
-                    for part in ('att', 'ffn'))
-        share = [h / C for h in range(C)]
-        expected = dict(time_decay=[-5 + 8 * (h / (C - 1)) ** (0.7 + 1.3 * up) for h in range(C)],
-                        time_first=[math.log(0.3) + 0.5 * (-1, 0, 1)[(h + 1) % 3] for h in range(C)],
-                        time_mix_k=[s ** down for s in share], time_mix_v=[s ** down + 0.3 * up for s in share],
-                        time_mix_r=[s ** (0.5 * down) for s in share])
+        expected = {
+            'att.time_decay': -5 + 8 * (np.arange(C) / (C - 1)) ** (0.7 + 1.3 * up),
+            'att.time_first': math.log(0.3) + 0.5 * zigzag,
+            'att.time_mix_k': share ** down, 'att.time_mix_v': share ** down + 0.3 * up,
+            'att.time_mix_r': share ** (0.5 * down), 'ffn.time_mix_k': share ** down, 'ffn.time_mix_r': share ** down,
+            'ln1.weight': 1, 'ln1.bias': 0, 'ln2.weight': 1, 'ln2.bias': 0, 'att.key.weight': 0,
+            'att.receptance.weight': 0, 'att.output.weight': 0, 'ffn.receptance.weight': 0, 'ffn.value.weight': 0}
         for name, values in expected.items():
-            model_close(att[name], values, 2e-6)
-        for name in ('time_mix_k', 'time_mix_r'):
-            model_close(ffn[name], expected['time_mix_k'], 2e-6)
-        zero = [name for part in (att, ffn) for name, p in part.items() if not p.any()]
-        assert zero == ['key.weight', 'receptance.weight', 'output.weight', 'receptance.weight', 'value.weight']
+            np.testing.assert_allclose(P.pop(name), values, rtol=0, atol=2e-6, err_msg=name)
         # orthogonal, with gain sqrt(rows / columns) where there are more rows than columns
-        model_close(att['value.weight'].T @ att['value.weight'], np.eye(C), 1e-5)
-        model_close(ffn['key.weight'].T @ ffn['key.weight'], 4 * np.eye(C), 1e-5)
-    for name, p in state.items():
-        if 'ln' in name:
-            assert p.eq(1 if name.endswith('weight') else 0).all(), name
+        value = P.pop('att.value.weight')
+        key = P.pop('ffn.key.weight')
+        np.testing.assert_allclose(value.T @ value, np.eye(C), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(key.T @ key, 4 * np.eye(C), rtol=0, atol=1e-5)
+        assert key.shape == (4 * C, C) and not P
 
 
-def test_model_other_blocks_start_orthogonal_and_remembering():
+@pytest.mark.parametrize('arch', ['rnn', 'lstm', 'transformer'])
+def test_model_other_blocks_start_orthogonal_and_remembering(arch):
     C = 8
-    for arch, gates in (('rnn', 1), ('lstm', 4)):
-        state = Model(Config(7, arch, n_layer=2, n_embd=C)).state_dict()
-        for i in range(2):
-            for name in ('weight_ih', 'weight_hh'):
-                for gate in state[f'blocks.{i}.{arch}.{name}_l0'].chunk(gates):
-                    model_close(gate @ gate.T, np.eye(C), 1e-5)
-            bias = state[f'blocks.{i}.{arch}.bias_ih_l0'] + state[f'blocks.{i}.{arch}.bias_hh_l0']
-            # in the order i, f, g, o
-            assert bias.tolist() == (C * [0] + C * [1] + 2 * C * [0] if arch == 'lstm' else C * [0])
-    state = Model(Config(7, 'transformer', n_layer=1, n_embd=C)).state_dict()
-    for name, gain in (('att.query', 1), ('att.key', 1), ('att.value', 1), ('ffn.gate', 3), ('ffn.input', 3)):
-        weight = state[f'blocks.0.{name}.weight']
-        model_close(weight.T @ weight, gain * np.eye(C), 1e-5)
-    assert not state['blocks.0.att.output.weight'].any() and not state['blocks.0.ffn.output.weight'].any()
+    block = models.ARCHITECTURES[arch](Config(7, n_embd=C), layer=0).eval()
+    matrices = [(name, p) for name, p in block.named_parameters() if p.dim() == 2]
+    for name, p in matrices:
+        # gates of the LSTM stand one below the other; what leads out of a part of the Transformer is zero
+        for part in p.split(C) if arch == 'lstm' else [p]:
+            gain = 0 if 'output' in name else len(part) / C
+            model_close(part.T @ part, gain * np.eye(p.shape[1]), 1e-5)
+    if arch != 'transformer':
+        bias = sum(p for name, p in block.named_parameters() if '.bias' in name and name != 'ln.bias')
+        # in the order i, f, g, o
+        assert bias.tolist() == (C * [0] + C * [1] + 2 * C * [0] if arch == 'lstm' else C * [0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2102,52 +1857,39 @@ def model_small_head(head, V):
     return head
 
 
-def model_pick(logits, temperature, top_p):
-    """Probabilities of one choice: the softmax, of which the fewest choices with top_p of the mass are kept."""
-    p = np.exp((logits - logits.max()) / temperature)
-    p /= p.sum()
-    order = np.argsort(-p)
-    kept = order[:1 + np.searchsorted(np.cumsum(p[order]), top_p)]
-    q = np.zeros_like(p)
-    q[kept] = p[kept] / p[kept].sum()
-    return q
-
-
 def model_frame_probabilities(head, h, temperature=1.0, top_p=1.0, may_end=True):
     """Of all 2^V frames, (2^V,), worked out choice by choice; bit v of the index is unit v."""
+    def pick(logits):
+        """The softmax, of which the fewest choices with top_p of the probability are kept."""
+        p = model_softmax((logits - logits.max()) / temperature)
+        order = np.argsort(-p)
+        p[order[1 + np.searchsorted(np.cumsum(p[order]), top_p):]] = 0
+        return p / p.sum()
+
     P = model_arrays(head)
     h = h.double().numpy()
-    no_end = np.zeros(len(P['out.bias']))
-    V = len(no_end) - isinstance(head, models.ChordHead)
-    no_end[V - 1] = 0 if may_end else -np.inf
-    if isinstance(head, models.BernoulliHead):
-        p = np.ones(1)
-        for logit in P['out.weight'] @ h + P['out.bias'] + no_end:
-            p = np.outer(model_pick(np.array([0, logit]), temperature, top_p), p).ravel()
-        return p
+    bias = P['out.bias']
+    V = len(bias) - isinstance(head, models.ChordHead)
+    if not may_end:
+        bias[V - 1] = -np.inf
     probabilities = np.zeros(2 ** V)
     if isinstance(head, models.SoftmaxHead):
-        probabilities[2 ** np.arange(V)] = model_pick(P['out.weight'] @ h + P['out.bias'] + no_end, temperature, top_p)
-        return probabilities
-    unfinished = [((), 1.0)]
-    while unfinished:
-        units, p = unfinished.pop()
-        a = P['hidden.weight'] @ h + P['hidden.bias'] + sum(P['chosen.weight'][:, u] for u in units)
-        gelu = np.array([0.5 * z * (1 + math.erf(z / math.sqrt(2))) for z in a])
-        low = max(units, default=-1) + 1
-        q = model_pick((P['out.weight'] @ gelu + P['out.bias'] + no_end)[low:], temperature, top_p)
-        for unit in range(low, V):
-            unfinished.append(((*units, unit), p * q[unit - low]))
-        # "done"
-        probabilities[sum(1 << u for u in units)] = p * q[-1]
+        probabilities[2 ** np.arange(V)] = pick(P['out.weight'] @ h + bias)
+    elif isinstance(head, models.BernoulliHead):
+        probabilities = np.ones(1)
+        for logit in P['out.weight'] @ h + bias:
+            probabilities = np.outer(pick(np.array([0, logit])), probabilities).ravel()
+    else:
+        unfinished = [((), 1.0)]
+        while unfinished:
+            units, p = unfinished.pop()
+            a = P['hidden.weight'] @ h + P['hidden.bias'] + sum(P['chosen.weight'][:, u] for u in units)
+            gelu = np.array([0.5 * z * (1 + math.erf(z / math.sqrt(2))) for z in a])
+            low = max(units, default=-1) + 1
+            *taken, done = p * pick((P['out.weight'] @ gelu + bias)[low:])
+            unfinished += [((*units, low + i), q) for i, q in enumerate(taken)]
+            probabilities[sum(1 << u for u in units)] = done
     return probabilities
-
-
-def model_all_frames(head, V):
-    """All frames that a head gives a probability to, (.., V)."""
-    if isinstance(head, models.SoftmaxHead):
-        return torch.eye(V, dtype=torch.uint8)
-    return ((torch.arange(2 ** V).unsqueeze(1) >> torch.arange(V)) & 1).to(torch.uint8)
 
 
 def model_index(frames):
@@ -2155,106 +1897,40 @@ def model_index(frames):
     return (frames.long() << torch.arange(frames.shape[-1])).sum(-1)
 
 
-def model_assert_drawn_from(numbers, p):
-    """By the inequality of Weissman et al. 2003, the frequencies of n draws lie farther from p than this, summed over
-    the k cells, less than once in 1e9 runs; and what has no probability never comes."""
-    n = len(numbers)
-    k = len(p)
-    frequency = np.bincount(numbers, minlength=k) / n
-    assert abs(frequency - p).sum() < math.sqrt(2 * (k * math.log(2) + math.log(1e9)) / n)
-    assert not frequency[p == 0].any()
-
-
 @model_each_head
 def test_model_head_probabilities_of_all_frames(head):
     V = 6
+    frames = ((torch.arange(2 ** V).unsqueeze(1) >> torch.arange(V)) & 1).to(torch.uint8)
+    if head == 'softmax':
+        frames = torch.eye(V, dtype=torch.uint8)
     head = model_small_head(head, V)
-    frames = model_all_frames(head, V)
     h = 2 * torch.randn(2, 3, 1, 5)
     with torch.no_grad():
-        out = head(h)
-        nats = head.nll(out.expand(2, 3, len(frames), -1), frames.expand(2, 3, -1, -1))
-    assert nats.shape == (2, 3, len(frames))
+        nats = head.nll(head(h).expand(2, 3, len(frames), -1), frames.expand(2, 3, -1, -1))
     p = nats.double().neg().exp()
     assert (p.sum(-1) - 1).abs().max() < 1e-5
-    for b in range(2):
-        for t in range(3):
-            expected = model_frame_probabilities(head, h[b, t, 0])[model_index(frames)]
-            np.testing.assert_allclose(p[b, t], expected, rtol=1e-4)
-
-
-@model_each_arch_and_kind
-def test_model_nll_of_a_batch_is_the_sum_over_its_choices(arch, kind):
-    model = model_random(arch, kind, torch.float32)
-    heard = []
-    model.head.register_forward_hook(lambda module, inputs, out: heard.append(inputs[0]))
-    frames = model_frames(kind, 3, 9, 7)
-    if model.config.head != 'softmax':
-        # no unit on, all units on
-        frames[0, 3] = 0
-        frames[1, 5] = 1
-    with torch.no_grad():
-        nats = model.head.nll(model(frames[:, :-1])[0], frames[:, 1:])
-    expected = [[-math.log(model_frame_probabilities(model.head, h)[model_index(frame)]) for h, frame in zip(*row)]
-                for row in zip(heard[0], frames[:, 1:])]
-    np.testing.assert_allclose(nats, expected, rtol=1e-4, atol=1e-5)
+    expected = [[model_frame_probabilities(head, one[0])[model_index(frames)] for one in row] for row in h]
+    np.testing.assert_allclose(p, expected, rtol=1e-4)
 
 
 @model_each_head
 @pytest.mark.parametrize('temperature, top_p, may_end', [
-    (1, 1, True), (0.6, 1, True), (1.7, 1, True), (1, 0.8, True), (1.3, 0.55, True), (1, 0.3, True), (1, 1, False),
-    (1.3, 0.8, False)])
+    (1, 1, True), (0.6, 1, True), (1.7, 1, True), (1, 0.8, True), (1.3, 0.55, True), (1, 1, False), (1.3, 0.8, False),
+    (1e-3, 1, True), (1, 1e-6, True)])
 def test_model_sampling_follows_the_probabilities(head, temperature, top_p, may_end):
-    head = model_small_head(head, 6)
-    h = torch.randn(5, generator=torch.Generator().manual_seed(1))
-    out = head(h).expand(200_000, -1)
-    frames = head.sample(out, temperature, top_p, torch.Generator().manual_seed(2), may_end)
-    assert frames.dtype == torch.uint8 and frames.shape == (200_000, 6) and frames.max() <= 1
-    assert may_end or not frames[:, -1].any()
-    model_assert_drawn_from(model_index(frames), model_frame_probabilities(head, h, temperature, top_p, may_end))
-
-
-@model_each_head
-def test_model_sampled_rows_are_independent(head):
-    head = model_small_head(head, 3)
-    # two tunes in one batch, over and over
-    h = torch.randn(2, 5)
-    frames = head.sample(head(h).repeat(100_000, 1), generator=torch.Generator().manual_seed(2))
-    pairs = model_index(frames).view(-1, 2)
-    joint = np.outer(model_frame_probabilities(head, h[0]), model_frame_probabilities(head, h[1])).ravel()
-    model_assert_drawn_from(pairs[:, 0] * 8 + pairs[:, 1], joint)
-
-
-@model_each_head
-def test_model_cold_sampling_is_greedy_and_repeats_with_its_generator(head):
-    head = model_small_head(head, 6)
-    h = torch.randn(20, 5)
-    greedy = torch.tensor([model_frame_probabilities(head, row, 1.0, 1e-9).argmax() for row in h])
-    assert len(set(greedy.tolist())) > 3
-    for cold in (dict(temperature=1e-3), dict(top_p=1e-6)):
-        for seed in range(3):
-            frames = head.sample(head(h), generator=torch.Generator().manual_seed(seed), **cold)
-            assert torch.equal(model_index(frames), greedy)
-    a, b, c = (head.sample(head(h), generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c)
-
-
-def test_model_chord_head_spells_nothing_and_everything():
-    V = 6
-    head = models.ChordHead(Config(V, n_embd=1))
-    with torch.no_grad():
-        for p in head.parameters():
-            p.zero_()
-        # with h = 10, each time the lowest unit left; with h = 0, done at once
-        head.out.weight[:V, 0] = 10 * torch.arange(V, 0, -1)
-        head.out.bias[V] = 30
-        # rows of a batch are done at different times
-        out = torch.tensor([0., 10, 0, 10]).unsqueeze(1)
-        nothing_everything = torch.tensor([0, 1, 0, 1]).unsqueeze(1).expand(-1, V)
-        assert torch.equal(head.sample(out).long(), nothing_everything)
-        assert head.nll(out, nothing_everything).max() < 1e-6
-        opposite = head.nll(out, 1 - nothing_everything)
-        assert opposite.isfinite().all() and opposite.min() > 20
+    V = 4
+    n = 200_000
+    head = model_small_head(head, V)
+    # two tunes in one batch, over and over: each frame has its own probabilities, whatever the other is
+    h = 2 * torch.randn(2, 5)
+    frames = head.sample(head(h).repeat(n, 1), temperature, top_p, torch.Generator().manual_seed(2), may_end)
+    assert frames.dtype == torch.uint8 and frames.shape == (2 * n, V) and frames.max() <= 1
+    one, two = model_index(frames).view(n, 2).T
+    p = np.outer(*(model_frame_probabilities(head, row, temperature, top_p, may_end) for row in h)).ravel()
+    frequency = np.bincount(one << V | two, minlength=len(p)) / n
+    # by the inequality of Weissman et al. 2003, farther off than this less than once in 1e9 runs
+    assert abs(frequency - p).sum() < math.sqrt(2 * ((p > 0).sum() * math.log(2) + math.log(1e9)) / n)
+    assert not frequency[p == 0].any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2262,14 +1938,12 @@ def test_model_chord_head_spells_nothing_and_everything():
 
 def test_model_dropout_takes_the_same_channels_from_all_frames():
     torch.manual_seed(0)
-    drop = Dropout(0.25)
     x = torch.ones(64, 5, 128)
-    y = drop(x)
-    assert (y == y[:, :1]).all() and set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
-    assert not torch.equal(y[0], y[1])
+    y = Dropout(0.25)(x)
+    assert (y == y[:, :1]).all() and not torch.equal(y[0], y[1])
+    np.testing.assert_allclose(y.unique(), [0, 1 / 0.75])
     # kept channels are 8192 coin tosses: by Hoeffding, farther off than 0.04 less than once in 1e11 runs
     assert abs(y.mean().item() - 1) < 0.04 / 0.75
-    assert torch.equal(drop.eval()(x), x) and torch.equal(Dropout(0)(x), x)
 
 
 @pytest.mark.parametrize('arch', models.ARCHITECTURES)
@@ -2295,6 +1969,9 @@ def test_model_composes_what_it_says_and_ends_at_the_boundary(arch, kind):
             likeliest = model.head.sample(out[0], top_p=1e-6)[4:]
         assert torch.equal(likeliest[:len(tune)], tune) and not tune[:, -1].any() and tune.dtype == torch.uint8
         assert len(tune) == 12 or likeliest[len(tune), -1] == 1
+    # many rows are read a few frames at a time
+    many = model.compose(prompts.repeat(60, 1, 1), 12, top_p=1e-6)
+    assert all(map(torch.equal, many, 60 * greedy))
     for at_least in (0, 4, 12):
         tunes = model.compose(prompts, 12, 1.3, 0.99, torch.Generator().manual_seed(1), at_least)
         lengths = [len(tune) for tune in tunes]
@@ -2304,27 +1981,14 @@ def test_model_composes_what_it_says_and_ends_at_the_boundary(arch, kind):
     assert all(map(torch.equal, tunes, again))
 
 
-def test_model_composes_after_long_prompts_of_many_rows():
-    model = model_random('rwkv', 'chord', torch.float32)
-    prompt = model_frames('chord', 1, 30, 7)
-    one, = model.compose(prompt, 9, top_p=1e-6)
-    # 600 rows are read 6 frames at a time
-    assert all(torch.equal(tune, one) for tune in model.compose(prompt.expand(600, -1, -1), 9, top_p=1e-6))
-
-
-@pytest.mark.parametrize('n_layer, n_embd', [(3, 192), (6, 384)])
-def test_model_sizes_are_within_5_percent(n_layer, n_embd):
-    # the default grid, the benchmark grid, and the other representations
-    for grid in (data.PianoRoll(), data.PianoRoll(2, onsets=False), data.Events(), data.AbcText()):
-        sizes = dict(n_layer=n_layer, n_embd=n_embd, lookback=64 * grid.frames_per_beat, beat=grid.beat)
-        config = Config(grid.V, 'rwkv', grid.heads[0], **sizes)
-        assert models.same_size(config) == config
-        target = models.count_parameters(config)
-        for arch in models.ARCHITECTURES:
-            same = models.same_size(dataclasses.replace(config, arch=arch))
-            assert same.arch == arch and abs(models.count_parameters(same) / target - 1) < 0.05
-    config = Config(20, 'transformer', n_embd=16, lookback=5, beat=4)
-    assert models.count_parameters(config) == sum(p.numel() for p in Model(config).parameters())
+@pytest.mark.parametrize('grid', [data.PianoRoll(), data.PianoRoll(2, onsets=False), data.Events(), data.AbcText()])
+def test_model_sizes_are_within_5_percent(grid):
+    config = Config(grid.V, 'rwkv', grid.heads[0], lookback=64 * grid.frames_per_beat, beat=grid.beat)
+    target = sum(p.numel() for p in Model(config).parameters())
+    assert models.same_size(config) == config and models.count_parameters(config) == target
+    for arch in models.ARCHITECTURES:
+        same = models.same_size(dataclasses.replace(config, arch=arch))
+        assert same.arch == arch and abs(models.count_parameters(same) / target - 1) < 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2342,60 +2006,44 @@ def test_model_checkpoint_round_trip(tmp_path, arch, kind):
     models.save_checkpoint(tmp_path / 'a.pt', model.train(), **more)
     again, checkpoint = models.load_checkpoint(tmp_path / 'a.pt')
     assert again.config == model.config and not again.training and os.listdir(tmp_path) == ['a.pt']
-    assert {name: checkpoint[name] for name in more} == more
+    assert checkpoint | more == checkpoint
     frames = model_frames(kind, 2, 9, 7)
     assert torch.equal(again(frames)[0], model.eval()(frames)[0])
     assert all(p.requires_grad for p in again.parameters())
 
 
-MODEL_BAD_CHECKPOINTS = {
-    'version': lambda c: c.update(version=1),
-    'no version': lambda c: c.pop('version'),
-    'no config': lambda c: c.pop('config'),
-    'extra field': lambda c: c['config'].update(colour=1),
-    'arch': lambda c: c['config'].update(arch='gru'),
-    'more layers': lambda c: c['config'].update(n_layer=9),
-    'fractional channels': lambda c: c['config'].update(n_embd=8.0),
-    'absurd channels': lambda c: c['config'].update(n_embd=65_536),
-    'absurd lookback': lambda c: c['config'].update(lookback=10 ** 12),
-    'clock without a beat': lambda c: c['config'].update(beat=0),
-    'key left out': lambda c: c['model'].pop('emb.bias'),
-    'key too many': lambda c: c['model'].update(evil=torch.zeros(3)),
-    'shape': lambda c: c['model'].update({'emb.bias': torch.zeros(17)}),
-    'no tensor': lambda c: c['model'].update({'emb.bias': 'x'}),
-    'integers': lambda c: c['model'].update({'emb.bias': torch.zeros(8, dtype=torch.int64)}),
-    'nan': lambda c: c['model']['emb.bias'].fill_(math.nan),
-    'infinite': lambda c: c['model']['emb.bias'].fill_(-math.inf),
-    'code': lambda c: c.update(meta=ModelPickledCode())}
-MODEL_BAD_FILES = {
-    'cut': lambda content: content[:-100],
-    'cut short': lambda content: content[:30],
-    'empty': lambda content: b'',
-    'zeros': lambda content: bytes(len(content)),
-    'text': lambda content: b'not a checkpoint\n',
-    'pickled code': lambda content: pickle.dumps(ModelPickledCode(), 2),
-    'pickled numbers': lambda content: pickle.dumps([1, 2], 2)}
-
-
-@pytest.mark.parametrize('change', [*MODEL_BAD_CHECKPOINTS, *MODEL_BAD_FILES])
-def test_model_checkpoint_that_is_not_one_is_refused(tmp_path, monkeypatch, change):
+@pytest.mark.parametrize('change', [
+    lambda c: c.update(version=1),
+    lambda c: c.pop('config'),
+    lambda c: c['config'].update(colour=1),
+    lambda c: c['config'].update(arch='gru'),
+    lambda c: c['config'].update(n_layer=9),
+    lambda c: c['config'].update(lookback=10 ** 12),
+    lambda c: c['model'].pop('emb.bias'),
+    lambda c: c['model'].update(evil=torch.zeros(3)),
+    lambda c: c['model'].update({'emb.bias': 'x'}),
+    lambda c: c['model'].update({'emb.bias': torch.zeros(8, dtype=torch.int64)}),
+    lambda c: c['model']['emb.bias'].fill_(math.nan),
+    lambda c: c.update(meta=ModelPickledCode())])
+def test_model_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / 'bad.pt'
-    models.save_checkpoint(path, model_random('rwkv', 'chord', torch.float32), step=7)
-    if change in MODEL_BAD_FILES:
-        path.write_bytes(MODEL_BAD_FILES[change](path.read_bytes()))
-    else:
-        content = torch.load(path, weights_only=True)
-        MODEL_BAD_CHECKPOINTS[change](content)
-        torch.save(content, path)
+    models.save_checkpoint('bad.pt', model_random('rwkv', 'chord', torch.float32))
+    content = torch.load('bad.pt', weights_only=True)
+    change(content)
+    torch.save(content, 'bad.pt')
+    model_assert_refused()
+
+
+def model_assert_refused():
     with pytest.raises(models.UserError, match='bad.pt is damaged or no checkpoint') as e:
-        models.load_checkpoint(path)
-    assert '\n' not in str(e.value) and not (tmp_path / 'it_ran_code').exists()
+        models.load_checkpoint('bad.pt')
+    assert '\n' not in str(e.value) and not os.path.exists('it_ran_code')
 
 
-def test_model_checkpoint_with_a_flipped_bit_is_refused_or_the_same(tmp_path):
-    path = tmp_path / 'bad.pt'
+def test_model_checkpoint_that_is_damaged_or_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = model_random('rwkv', 'chord', torch.float32)
+    path = tmp_path / 'bad.pt'
     models.save_checkpoint(path, model)
     content = path.read_bytes()
     frames = model_frames('chord', 1, 9, 7)
@@ -2404,14 +2052,14 @@ def test_model_checkpoint_with_a_flipped_bit_is_refused_or_the_same(tmp_path):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
         try:
             again, _ = models.load_checkpoint(path)
+            # there are bits that say nothing
             assert torch.equal(again(frames)[0], model(frames)[0]), at
-        except models.UserError as e:
-            assert 'bad.pt' in str(e)
+        except models.UserError:
             refused += 1
     assert refused > 20
-
-
-def test_model_checkpoint_that_is_not_there(tmp_path):
+    for wrong in (b'', b'text\n', bytes(5000), content[:30], content[:-100], pickle.dumps(ModelPickledCode(), 2)):
+        path.write_bytes(wrong)
+        model_assert_refused()
     for path in (tmp_path, tmp_path / 'missing.pt'):
         with pytest.raises(models.UserError, match=f'{path}.*: give'):
             models.load_checkpoint(path)
@@ -2425,137 +2073,132 @@ SCRIPTS_TINY = ['--n_layer=2', '--n_embd=16', '--batch_size=4', '--block_size=32
                 '--eval_interval=100', '--log_interval=10', '--device=cpu']
 # of the processes that tests start: small models need one thread, and two of them talk on this machine
 SCRIPTS_ENV = os.environ | dict(PYTHONPATH=str(SCRIPTS_HOME), OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
-SCRIPTS_SUFFIXES = ('.mid', '.abc', '.wav', '.svg')
 
 
-def scripts_run(script, *words, seconds=300):
-    """Runs a script as `python script.py words` does, but here: its exit status, output and complaint."""
-    def late(*_):
-        pytest.fail(f'{script}.py {words} hangs')
-
+def scripts_run(script, *words, status=0):
+    """Runs `python script.py words`, but here; it has to end with this exit status. Returns what it prints or, for
+    status 2, its complaint, which has to be one sentence."""
     out = io.StringIO()
     err = io.StringIO()
-    status = 0
-    argv = sys.argv
-    sys.argv = [f'{script}.py', *map(str, words)]
-    torch.set_num_threads(1)        # models as small as these
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    ended = 0
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail('it hangs'))
+    signal.alarm(100)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, 'argv', [f'{script}.py', *map(str, words)])
+        try:
             runpy.run_path(str(SCRIPTS_HOME / f'{script}.py'), run_name='__main__')
-    except SystemExit as stop:
-        status = stop.code
-    finally:
-        signal.alarm(0)
-        sys.argv = argv
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+        except SystemExit as stop:
+            ended = stop.code
+        finally:
+            signal.alarm(0)
+    assert ended == status, err.getvalue()
+    if status != 2:
+        return out.getvalue()
+    assert re.fullmatch(f'{script}.py: .*\n', err.getvalue())
+    return err.getvalue()
 
 
-def scripts_train(book, out, *words):
-    return scripts_run('train', f'--data={book}', f'--out_dir={out}', *SCRIPTS_TINY, *words)
+def scripts_train(book, out, *words, status=0):
+    return scripts_run('train', f'--data={book}', f'--out_dir={out}', *SCRIPTS_TINY, *words, status=status)
 
 
-def scripts_sample(ckpt, out, *words, sound=False):
-    """Runs sample.py, which has to succeed; what it prints, and the tune in the .mid. Sound takes its time."""
+def scripts_sample(ckpt, out, *words):
+    """Runs sample.py, but for the sound, which takes its time: what it prints, and the tune in the .mid."""
     with pytest.MonkeyPatch.context() as patch:
-        if not sound:
-            patch.setattr(render, 'LONGEST', 0)
-        done = scripts_run('sample', f'--ckpt={ckpt}', f'--out={out}', *words)
-    assert done.status == 0, done.err
-    midi = Path(f'{out}.mid')
-    return done.out, notation.read_midi(midi) if midi.exists() else None
+        patch.setattr(render, 'LONGEST', 0)
+        printed = scripts_run('sample', f'--ckpt={ckpt}', f'--out={out}', *words)
+    return printed, notation.read_midi(f'{out}.mid')
 
 
-def scripts_refused(done, script, named=''):
-    """It ended in one sentence on stderr, with exit status 2."""
-    assert done.status == 2 and re.fullmatch(f'{script}.py: .*\n', done.err) and named in done.err, done.err
-
-
-def scripts_book(folder, songs=20):
-    """A folder of MIDI files, each the same little round: scales over held triads, 16 beats."""
-    folder.mkdir()
-    for i in range(songs):
-        melody = [(39 + i % 3 + step, t / 2, t / 2 + 0.5) for t, step in enumerate([0, 2, 4, 5, 7, 5, 4, 2] * 4)]
-        chords = [(27 + i % 3 + step, bar * 4, bar * 4 + 4) for bar in range(4) for step in (0, 4, 7)]
-        notation.write_midi(np.array(melody + chords, dtype=float), folder / f'round{i}.mid', 100 + i)
-    return folder
+def scripts_dance(bar=4, key=39, bars=4):
+    """A Song with a chord a bar and quarter notes above it."""
+    scale = [0, 2, 4, 5, 7, 9, 11, 12, 11, 9, 7, 5, 4, 2, 4, 7]
+    notes = [(key - 12 + step, bar * i, bar * i + bar) for i in range(bars) for step in (0, 4, 7)]
+    notes += [(key + scale[t % (4 * bar)] * (t % bar > 0), t, t + 1) for t in range(bar * bars)]
+    return Song('', np.array(sorted(notes, key=lambda note: note[1]), dtype=float))
 
 
 @pytest.fixture(scope='module')
 def book(tmp_path_factory):
-    return scripts_book(tmp_path_factory.mktemp('music') / 'book')
+    """A folder of 20 tunes of 16 beats, all alike."""
+    folder = tmp_path_factory.mktemp('book')
+    for i in range(20):
+        notation.write_midi(scripts_dance(key=39 + i % 3).notes, folder / f'{i}.mid', 100 + i)
+    return folder
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, book):
-    """Two architectures, trained for a few steps on little rounds: {arch: (what train.py printed, checkpoint)}."""
+    """Two architectures, trained for a few steps: {arch: checkpoint}. What train.py printed is beside its folder."""
     home = tmp_path_factory.mktemp('trained')
-    result = {}
     for arch, head in (('rwkv', 'chord'), ('lstm', 'bernoulli')):
-        done = scripts_train(book, home / head, f'--arch={arch}', f'--head={head}', '--max_iters=80', '--transpose=0',
-                             '--learning_rate=0.01', '--eval_interval=40')
-        assert done.status == 0, done.err
-        result[arch] = done.out, home / head / f'{arch}.pt'
-    return result
+        printed = scripts_train(book, home / arch, f'--arch={arch}', f'--head={head}', '--max_iters=80',
+                                '--transpose=0', '--learning_rate=0.01', '--eval_interval=40')
+        (home / f'{arch}.txt').write_text(printed)
+    return {arch: home / arch / f'{arch}.pt' for arch in ('rwkv', 'lstm')}
 
 
-def scripts_rows(out, arch='rwkv'):
-    with (out / f'{arch}.csv').open(newline='') as f:
-        return list(csv.DictReader(f))
+@pytest.fixture
+def out(trained, tmp_path):
+    """The folder of a run of 80 steps, to go on with."""
+    return shutil.copytree(trained['rwkv'].parent, tmp_path / 'out')
 
 
-def test_train_prints_its_plan_and_results(trained, book):
-    for arch, (out, path) in trained.items():
-        for word in ('device: cpu', '20 songs', '  train: ', 'frames', 'beats', 'parameters', 'frames/s', 'left'):
-            assert word in out, word
-        assert ('WKV' in out) == (arch == 'rwkv')
-        row = r'(\d+\.\d{4}) nats/frame, (\d+\.\d{4}) nats/beat \((\d+) songs, ([\d,]+) frames\)'
-        scores = re.findall(rf'(?m)^(valid|test): {row}$', out)
-        assert [score[0] for score in scores] == ['valid', 'test'] and out.splitlines()[-1].startswith('test: ')
-        rows = scripts_rows(path.parent, arch)
-        assert {'iter', 'minutes', 'train', 'valid', 'lr', 'frames_per_second'} <= set(rows[0])
-        told = [float(rows[-1][f'best_{split}{unit}']) for split in ('valid', 'test') for unit in ('', '_beat')]
-        assert told == pytest.approx([float(x) for score in scores for x in score[1:3]], abs=1e-4)
-        assert arch in (path.parent / 'loss.svg').read_text()
-        assert {p.name for p in path.parent.iterdir()} == {f'{arch}.csv', f'{arch}.last.pt', f'{arch}.pt', 'loss.svg'}
-
-        # it learned; and the checkpoint holds what was scored
-        first, *_, last = [float(x) for x in re.findall(r'step \d+: valid (\d+\.\d+) nats/frame', out)]
-        assert last < first / 2
-        model, checkpoint = load_checkpoint(path)
-        dataset = data.load(str(book), log=str)
-        score = train.evaluate(model, dataset, 'test')
-        assert f'test: {score.frame:.4f} nats/frame, {score.beat:.4f} nats/beat ({score.songs} songs, ' in out
-        assert checkpoint['valid'] == pytest.approx(train.evaluate(model, dataset, 'valid').frame, rel=1e-5)
-        assert checkpoint['meta']['source'] == dataset.source
-        assert checkpoint['meta']['tempo'] == np.median([song.tempo for song in dataset.songs['train']])
+def scripts_files(folder, pattern='*'):
+    return {path.name: path.read_bytes() for path in folder.glob(pattern)}
 
 
+@pytest.mark.parametrize('arch', ['rwkv', 'lstm'])
+def test_train_prints_its_plan_and_results(trained, book, arch):
+    path = trained[arch]
+    out = path.parent.with_suffix('.txt').read_text()
+    for word in ('device: cpu', '20 songs', '  train: ', 'frames', 'beats', 'parameters', 'frames/s', 'left'):
+        assert word in out, word
+    assert ('WKV' in out) == (arch == 'rwkv') and arch in (path.parent / 'loss.svg').read_text()
+    assert {p.name for p in path.parent.iterdir()} == {f'{arch}.csv', f'{arch}.last.pt', f'{arch}.pt', 'loss.svg'}
+    first, *_, last = re.findall(r'step \d+: valid (\d+\.\d+) nats/frame', out)
+    assert float(last) < float(first) / 2
+
+    # what is printed and in the table is how the model in the checkpoint scores
+    model, checkpoint = load_checkpoint(path)
+    dataset = data.load(book, log=str)
+    *_, row = csv.DictReader(path.with_suffix('.csv').open())
+    assert {'iter', 'minutes', 'train', 'valid', 'lr', 'frames_per_second'} <= set(row)
+    for split in ('valid', 'test'):
+        score = train.evaluate(model, dataset, split)
+        assert (f'\n{split}: {score.frame:.4f} nats/frame, {score.beat:.4f} nats/beat '
+                f'({score.songs} songs, {score.frames:,} frames)\n') in out
+        table = float(row[f'best_{split}']), float(row[f'best_{split}_beat'])
+        assert table == pytest.approx(score[:2], abs=1e-5)
+        assert checkpoint['scores'][split]['frame'] == pytest.approx(score.frame)
+    assert checkpoint['valid'] == checkpoint['scores']['valid']['frame']
+    assert checkpoint['meta']['source'] == dataset.source
+    assert checkpoint['meta']['tempo'] == np.median([song.tempo for song in dataset.songs['train']])
+
+
+@torch.no_grad()
 def test_train_evaluate_reads_each_song_from_fresh_state():
     # the last one is read in two pieces
-    songs = [Song(f'{n}', np.array([(40, 0, n), (44, 1, n)], dtype=float)) for n in (2, 3, 7, 140)]
-    dataset = data.Dataset({split: songs for split in data.SPLITS}, 'four songs', data.PianoRoll())
-    V = dataset.representation.V
+    songs = [Song('', np.array([(40, 0, n), (44, 1, n)], dtype=float)) for n in (2, 3, 7, 140)]
+    roll = data.PianoRoll()
+    dataset = data.Dataset(dict.fromkeys(data.SPLITS, songs), 'four songs', roll)
     torch.manual_seed(0)
-    model = Model(Config(V, n_layer=1, n_embd=8, lookback=5, beat=4)).eval()
-    inside = 0.0
-    whole = 0.0
-    boundary = torch.eye(V, dtype=torch.uint8)[-1:]
+    model = Model(Config(roll.V, n_layer=1, n_embd=8, lookback=5, beat=4)).eval()
+    boundary = torch.eye(roll.V, dtype=torch.uint8)[-1:]
+    inside = []
+    whole = []
     for song in songs:
-        frames = torch.cat((boundary, torch.from_numpy(dataset.representation.encode(song)), boundary))
+        frames = torch.cat((boundary, torch.from_numpy(roll.encode(song)), boundary)).view(-1, 1, 1, roll.V)
         state = None
         nats = []
-        with torch.no_grad():
-            for before, after in zip(frames[:-1], frames[1:]):
-                out, state = model(before.view(1, 1, V), state)
-                nats.append(model.head.nll(out, after.view(1, 1, V)).item())
-        inside += sum(nats[1:-1])
-        whole += sum(nats)
+        for before, after in zip(frames[:-1], frames[1:]):
+            out, state = model(before, state)
+            nats.append(model.head.nll(out, after).item())
+        inside += nats[1:-1]
+        whole += nats
     score = train.evaluate(model, dataset, 'test', batch_size=2)
-    assert (score.songs, score.frames) == (4, 4 * 152 - 4)
-    assert score.frame == pytest.approx(inside / score.frames, rel=1e-5)
-    assert score.beat == pytest.approx(whole / 152, rel=1e-5)
+    assert score == pytest.approx((np.mean(inside), sum(whole) / 152, 4, 4 * 152 - 4), rel=1e-5)
     # a sample of the songs; one at least, however long it is
     assert train.evaluate(model, dataset, 'test', most=400).songs == 2
     assert train.evaluate(model, dataset, 'test', most=10).songs == 1
@@ -2565,29 +2208,33 @@ def test_train_evaluate_reads_each_song_from_fresh_state():
 def test_sample_writes_the_same_files_for_the_same_seed(trained, tmp_path, arch):
     files = []
     for folder, seed in (('a', 1), ('b', 1), ('c', 2)):
-        (tmp_path / folder).mkdir()
-        options = '--length=2', f'--seed={seed}', '--best_of=2'
-        printed, song = scripts_sample(trained[arch][1], tmp_path / folder / 'x', *options, sound=True)
-        assert str(tmp_path / folder / 'x.mid') in printed and 'beats 1 to' in printed and f'seed {seed}' in printed
+        out = tmp_path / folder / 'x'
+        out.parent.mkdir()
+        printed = scripts_run('sample', f'--ckpt={trained[arch]}', f'--out={out}', '--length=2', f'--seed={seed}')
+        assert f'{out}.mid' in printed and 'beats 1 to' in printed and f'seed {seed}' in printed
         assert re.search(r'at most [\d.]+ beats in a row copied', printed)
+        song = notation.read_midi(f'{out}.mid')
         assert len(song.notes) and song.notes[:, 2].max() <= 2 and song.metre and song.sharps is not None
-        files.append([(tmp_path / folder / f'x{suffix}').read_bytes() for suffix in SCRIPTS_SUFFIXES])
-        assert len(list((tmp_path / folder).iterdir())) == len(SCRIPTS_SUFFIXES) and all(files[-1])
-    assert files[0] == files[1] and all(a != c for a, c in zip(files[0], files[2]))
+        files.append(scripts_files(out.parent))
+    assert files[0] == files[1] and set(files[0]) == {'x.mid', 'x.abc', 'x.wav', 'x.svg'}
+    assert all(files[0][name] != files[2][name] for name in files[0])
 
 
-def test_sample_several_at_once_best_first(trained, tmp_path):
-    path = trained['rwkv'][1]
-    options = '--length=8', '--num_samples=3', '--best_of=2', '--seed=5', '--tempo=90'
-    printed, _ = scripts_sample(path, tmp_path / 'x', *options)
-    nats = [float(x) for x in re.findall(r'x-\d\.mid.* (\d+\.\d+) nats/frame', printed)]
-    valid = load_checkpoint(path)[1]['valid']
-    # none of them can end before 16 beats, so that only their nats decide
-    assert len(nats) == 3 and nats == sorted(nats, key=lambda x: abs(x - valid))
-    assert notation.read_midi(tmp_path / 'x-3.mid').tempo == pytest.approx(90, abs=0.01)
-    assert len(list(tmp_path.iterdir())) == 3 * 3
+def test_sample_several_at_once_best_first(trained, tmp_path, monkeypatch):
     # what a run would go on from is a model, too
-    scripts_sample(path.with_name('rwkv.last.pt'), tmp_path / 'last', '--length=4', '--best_of=1')
+    options = '--num_samples=3', '--best_of=2', '--tempo=90'
+    scripts_run('sample', f'--ckpt={trained["rwkv"].with_name("rwkv.last.pt")}', f'--out={tmp_path}/x', '--length=8',
+                *options)
+    assert notation.read_midi(tmp_path / 'x-3.mid').tempo == pytest.approx(90, abs=0.01)
+    assert len(list(tmp_path.iterdir())) == 3 * 4
+
+    # of noise and what sounds like the training songs, the latter
+    rng = np.random.default_rng(0)
+    noise = [Song('', np.array([(rng.integers(88), t / 2, t / 2 + 1) for t in range(32)])) for _ in range(2)]
+    dance = scripts_dance()
+    scripts_pretend(monkeypatch, *(data.PianoRoll().encode(song) for song in (*noise, dance)))
+    _, song = scripts_sample(trained['rwkv'], tmp_path / 'y', '--best_of=3')
+    np.testing.assert_allclose(song.notes, dance.notes)
 
 
 @pytest.mark.parametrize('options, beats', [([], 16), (['--prompt_beats=6'], 6)])
@@ -2595,41 +2242,35 @@ def test_sample_continues_a_prompt(trained, book, tmp_path, options, beats):
     def kept(notes):
         return notes[notes[:, 1] < beats - 1e-6][:, :2]
 
-    prompt = notation.read_midi(book / 'round4.mid')
-    options = [*options, f'--prompt={book / "round4.mid"}', '--length=8', '--seed=3', '--best_of=1']
-    _, song = scripts_sample(trained['rwkv'][1], tmp_path / 'y', *options)
+    prompt = notation.read_midi(book / '4.mid')
+    options = [*options, f'--prompt={book}/4.mid', '--length=8', '--seed=3', '--best_of=1']
+    _, song = scripts_sample(trained['rwkv'], tmp_path / 'y', *options)
     np.testing.assert_allclose(kept(song.notes), kept(prompt.notes))
     assert song.tempo == pytest.approx(prompt.tempo, abs=0.01) and beats < song.notes[:, 2].max() <= beats + 8
-    _, alone = scripts_sample(trained['rwkv'][1], tmp_path / 'z', *options, '--no_prompt')
+    _, alone = scripts_sample(trained['rwkv'], tmp_path / 'z', *options, '--no_prompt')
     new = song.notes[song.notes[:, 1] >= beats - 1e-6] - [0, beats, beats]
     np.testing.assert_allclose(alone.notes, new, atol=1e-6)
     bar, pickup = notation.metre(new)
     assert alone.metre == notation.metre_text(new, bar, pickup)
-    assert (alone.pickup or 0) == pytest.approx(pickup)         # a file does not tell a pickup of nothing
-
-
-def test_sample_continues_abc(trained, tmp_path):
-    (tmp_path / 'mine.abc').write_text('X:1\nT:Mine\nM:4/4\nL:1/4\nQ:1/4=77\nK:C\n"C"CDEF|"G7"GFED|\n')
-    _, song = scripts_sample(trained['lstm'][1], tmp_path / 'y', f'--prompt={tmp_path}/mine.abc', '--length=2')
-    assert song.tempo == pytest.approx(77, abs=0.01) and song.notes[0].tolist() == [27, 0, 4]
+    # a file does not tell a pickup of nothing
+    assert (alone.pickup or 0) == pytest.approx(pickup)
 
 
 def test_sample_key_moves_the_tune(trained, tmp_path):
     options = '--length=8', '--seed=1', '--best_of=1'
-    _, plain = scripts_sample(trained['rwkv'][1], tmp_path / 'k', *options)
+    _, plain = scripts_sample(trained['rwkv'], tmp_path / 'k', *options)
     for key, sharps in (('Eb', -3), ('Cm', -3), ('A', 3)):
-        _, song = scripts_sample(trained['rwkv'][1], tmp_path / key, *options, f'--key={key}')
-        moved = np.unique(song.notes[:, 0] - plain.notes[:, 0])
-        assert len(moved) == 1 and -6 <= moved[0] <= 5
-        assert (7 * plain.sharps + moved[0] - 7 * sharps) % 12 == 0
+        _, song = scripts_sample(trained['rwkv'], tmp_path / key, *options, f'--key={key}')
+        moved, = set(song.notes[:, 0] - plain.notes[:, 0])
+        assert -6 <= moved <= 5 and (7 * plain.sharps + moved - 7 * sharps) % 12 == 0
         assert (song.sharps, song.minor) == (sharps, key == 'Cm')
         np.testing.assert_array_equal(song.notes[:, 1:], plain.notes[:, 1:])
 
 
-def scripts_untrained(path, representation, **meta):
+def scripts_untrained(path, representation, common_key=False, sharps=None):
     """A checkpoint of a model that has learned nothing, of music that is not there."""
-    meta = dict(data=str(path.parent / 'gone'), source='nothing', representation=representation.settings) | meta
-    meta = dict(common_key=False, tempo=120.0) | meta
+    meta = dict(data=str(path.parent / 'gone'), source='nothing', representation=representation.settings,
+                common_key=common_key, sharps=sharps, tempo=120.0)
     model = Model(Config(representation.V, 'lstm', representation.heads[0], n_layer=1, n_embd=8))
     save_checkpoint(path, model, meta=meta, step=1, valid=1.0)
     return path
@@ -2645,14 +2286,6 @@ def scripts_pretend(monkeypatch, *tunes):
 
     monkeypatch.setattr(Model, 'compose', compose)
     return prompts
-
-
-def scripts_dance(bar, key=39, bars=8):
-    """A Song with a chord a bar and quarter notes above it."""
-    scale = [0, 2, 4, 5, 7, 9, 11, 12, 11, 9, 7, 5, 4, 2, 4, 7]
-    notes = [(key - 12 + step, bar * i, bar * i + bar) for i in range(bars) for step in (0, 4, 7)]
-    notes += [(key + scale[t % (4 * bar)] * (t % bar > 0), t, t + 1) for t in range(bar * bars)]
-    return Song('', np.array(sorted(notes, key=lambda note: note[1]), dtype=float))
 
 
 def test_sample_prompt_of_fields_alone(tmp_path, monkeypatch):
@@ -2672,14 +2305,12 @@ def test_sample_prompt_of_fields_alone(tmp_path, monkeypatch):
 def test_sample_metre_keeps_what_is_in_it(tmp_path, monkeypatch):
     roll = data.PianoRoll()
     path = scripts_untrained(tmp_path / 'm.pt', roll)
-    prompts = scripts_pretend(monkeypatch, *(roll.encode(scripts_dance(bar)) for bar in (2, 3)))
+    scripts_pretend(monkeypatch, *(roll.encode(scripts_dance(bar, bars=8)) for bar in (2, 3)))
     for metre in ('3/4', '2/4'):
         printed, song = scripts_sample(path, tmp_path / 'x', f'--metre={metre}', '--best_of=2')
-        assert song.metre == metre and f'1 are in {metre}' in printed
+        assert song.metre == metre and '2 tunes composed' in printed and f'1 are in {metre}' in printed
         assert f'M:{metre}\n' in (tmp_path / 'x.abc').read_text()
-    assert len(prompts) == 2
-    done = scripts_run('sample', f'--ckpt={path}', '--metre=9/8')
-    scripts_refused(done, 'sample', 'in 9/8')
+    assert 'in 9/8' in scripts_run('sample', f'--ckpt={path}', '--metre=9/8', status=2)
 
 
 @pytest.mark.parametrize('sharps', [2, None])
@@ -2687,13 +2318,27 @@ def test_sample_goes_on_in_the_key_of_the_prompt(tmp_path, monkeypatch, sharps):
     """A model of tunes in C major reads the prompt in C major; what is written is in D, as the prompt is."""
     roll = data.PianoRoll()
     path = scripts_untrained(tmp_path / 'm.pt', roll, common_key=True)
-    prompts = scripts_pretend(monkeypatch, roll.encode(scripts_dance(4)))
-    notes = scripts_dance(4, key=41, bars=4).notes
+    prompts = scripts_pretend(monkeypatch, roll.encode(scripts_dance()))
+    notes = scripts_dance(key=41).notes
     notation.write_midi(notes, tmp_path / 'd.mid', sharps=sharps)
     _, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/d.mid', '--best_of=1')
     np.testing.assert_allclose(roll.decode(prompts[0][0, 1:].numpy()), notes - [2, 0, 0])
     np.testing.assert_allclose(song.notes[:len(notes)], notes)
     assert song.sharps == 2 and song.notes[len(notes):, 0].min() == 29
+
+
+@pytest.mark.parametrize('common_key, words, sharps', [
+    (True, [], 1), (True, ['--key=Eb'], -3), (False, [], 0), (False, ['--key=Eb'], -3)])
+def test_sample_plays_in_the_key_of_the_training_tunes(tmp_path, monkeypatch, common_key, words, sharps):
+    """What is composed in C major is played where most training tunes were before they were moved to C major."""
+    roll = data.PianoRoll()
+    path = scripts_untrained(tmp_path / 'm.pt', roll, common_key=common_key, sharps=1)
+    notes = scripts_dance().notes
+    scripts_pretend(monkeypatch, roll.encode(Song('', notes)))
+    _, song = scripts_sample(path, tmp_path / 'x', '--best_of=1', *words)
+    shift = (7 * sharps + 6) % 12 - 6
+    assert song.sharps == sharps
+    np.testing.assert_allclose(song.notes, notes + [shift, 0, 0])
 
 
 def test_sample_that_strikes_nothing_says_so(tmp_path, monkeypatch):
@@ -2703,122 +2348,81 @@ def test_sample_that_strikes_nothing_says_so(tmp_path, monkeypatch):
     held = np.zeros((4, roll.V), dtype=np.uint8)
     held[:, 88 + 40] = 1
     scripts_pretend(monkeypatch, held)
-    done = scripts_run('sample', f'--ckpt={path}', f'--prompt={tmp_path}/p.mid', '--no_prompt', f'--out={tmp_path}/x')
-    scripts_refused(done, 'sample')
+    words = [f'--ckpt={path}', f'--prompt={tmp_path}/p.mid', '--no_prompt']
+    assert 'nothing new' in scripts_run('sample', *words, status=2)
 
 
-@pytest.mark.parametrize('out, stem', [
+@pytest.mark.parametrize('name, stem', [
     ('x', 'x'), ('x.wav', 'x'), ('x.MID', 'x'), ('x.final', 'x.final'), ('rwkv.pt', 'rwkv'), ('rwkv.csv', 'rwkv.csv'),
     (None, 'rwkv')])
-def test_sample_names_files_by_the_stem(trained, tmp_path, monkeypatch, out, stem):
-    for path in trained['rwkv'][1].parent.iterdir():
-        shutil.copy(path, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    scripts_pretend(monkeypatch, data.PianoRoll().encode(scripts_dance(2, bars=1)))
-    done = scripts_run('sample', f'--ckpt={tmp_path}/rwkv.pt', *[f'--out={tmp_path}/{out}'] * (out is not None))
-    assert done.status == 0, done.err
-    assert {path.name for path in tmp_path.iterdir()} == {*before, *(stem + suffix for suffix in SCRIPTS_SUFFIXES)}
-    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+def test_sample_names_files_by_the_stem(out, monkeypatch, name, stem):
+    before = scripts_files(out)
+    scripts_pretend(monkeypatch, data.PianoRoll().encode(scripts_dance(bar=2, bars=1)))
+    scripts_run('sample', f'--ckpt={out}/rwkv.pt', *[f'--out={out}/{name}'] * (name is not None))
+    after = scripts_files(out)
+    assert set(after) == set(before) | {stem + suffix for suffix in ('.mid', '.abc', '.wav', '.svg')}
+    assert before.items() <= after.items()
 
 
-@pytest.mark.parametrize('out', ['link', 'folder', 'fifo', '.', '..', '/', '/dev/null', 'place', ''])
-def test_sample_replaces_nothing_but_plain_files(trained, tmp_path, monkeypatch, out):
-    (tmp_path / 'real').write_text('mine')
-    (tmp_path / 'link.mid').symlink_to(tmp_path / 'real')
-    (tmp_path / 'folder.abc').mkdir()
-    (tmp_path / 'place').mkdir()
-    os.mkfifo(tmp_path / 'fifo.svg')
-    before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(Model, 'compose', None)
-    monkeypatch.chdir(tmp_path)
-    for several in ([], ['--num_samples=2'] * (out not in ('link', 'folder', 'fifo'))):
-        done = scripts_run('sample', f'--ckpt={trained["rwkv"][1]}', f'--out={out}', *several)
-        scripts_refused(done, 'sample', f'cannot write {out or "."}')
-    assert sorted(tmp_path.iterdir()) == before and (tmp_path / 'real').read_text() == 'mine'
-
-
+# what is done, and what the complaint names; the last of two equal options counts
 SCRIPTS_BAD = [
-    ('train', '--arch=gru', '--arch'),
-    ('train', '--head=softmax', '--head=softmax'),
-    ('train', '--data={book} --representation=abc --head=chord', '--head=chord'),
-    ('train', '--data={book} --arch=transformer --n_embd=15', '--n_embd=15'),
-    ('train', '--onsets=maybe', '--onsets'),
-    ('train', '--n_embd=0', '--n_embd'),
-    ('train', '--dropout=1', '--dropout'),
-    ('train', '--lookback=x', '--lookback'),
-    ('train', '--batch_size=2.5', '--batch_size'),
-    ('train', '--data={book} --batch_size=1000000000000000000', '--batch_size'),
-    ('train', '--max_iters=0 --max_minutes=0', '--max_iters'),
-    ('train', '--max_minutes=inf', '--max_minutes'),
-    ('train', '--device=cuda:99', '--device'),
-    ('train', '--device=meta', '--device'),
-    ('train', '--no_such_option', '--no_such_option'),
-    ('train', '--resume', 'rwkv.last.pt'),
-    ('train', '--resume --arch=lstm --out_dir={tmp}/last', 'lstm.last.pt is not a run that can go on'),
-    ('train', '--data={tmp}/nowhere', 'nowhere'),
-    ('train', '--data={tmp}/empty', 'empty'),
-    ('train', '--data={tmp}/bad.zip', 'bad.zip'),
-    ('train', '--data={tmp}/bad.npz', 'bad.npz'),
-    ('train', '--data={book} --block_size=100000', '--block_size'),
-    ('train', '--data={book} --out_dir={tmp}/file/out', '--out_dir'),
-    ('sample', '--seed=x', '--seed'),
-    ('sample', '--ckpt={tmp}/none.pt', 'none.pt'),
-    ('sample', '--ckpt={tmp}/file', 'file'),
-    ('sample', '--ckpt={tmp}/empty', 'empty'),
-    ('sample', '--ckpt={tmp}/half.pt', 'half.pt'),
-    ('sample', '--ckpt={tmp}/foreign.pt', 'foreign.pt'),
-    ('sample', '--ckpt={tmp}/code.pt', 'code.pt'),
-    ('sample', '--ckpt={ckpt} --device=cuda:99', '--device'),
-    ('sample', '--ckpt={ckpt} --temperature=0', '--temperature'),
-    ('sample', '--ckpt={ckpt} --temperature=-1', '--temperature'),
-    ('sample', '--ckpt={ckpt} --top_p=0', '--top_p'),
-    ('sample', '--ckpt={ckpt} --length=1e6', '--length'),
-    ('sample', '--ckpt={ckpt} --num_samples=10000 --length=20000', '--num_samples'),
-    ('sample', '--ckpt={ckpt} --num_samples=1000 --best_of=1000', '--best_of'),
-    ('sample', '--ckpt={ckpt} --key=H', '--key'),
-    ('sample', '--ckpt={ckpt} --key=', '--key'),
-    ('sample', '--ckpt={ckpt} --prompt={tmp}/silent.mid', 'silent.mid'),
-    ('sample', '--ckpt={ckpt} --prompt={book}/round1.mid --prompt_beats=0', '--prompt_beats'),
-    ('sample', '--ckpt={ckpt} --prompt={tmp}/fields.abc', 'fields.abc'),
-    ('sample', '--ckpt={ckpt} --prompt={tmp}/file', 'file'),
-    ('sample', '--ckpt={ckpt} --prompt={tmp}/none.mid', 'none.mid'),
-    ('sample', '--ckpt={ckpt} --out={tmp}/no/folder/x.mid', 'folder'),
+    ('train --arch=gru', '--arch'),
+    ('train --representation=abc --head=chord', '--head=chord'),
+    ('train --arch=transformer --n_embd=15', '--n_embd=15'),
+    ('train --onsets=maybe', '--onsets'),
+    ('train --lookback=x', '--lookback'),
+    ('train --batch_size=2.5', '--batch_size'),
+    ('train --batch_size=8 --gradient_accumulation_steps=3', 'use --batch_size=9'),
+    ('train --max_minutes=inf', '--max_minutes'),
+    ('train --max_minutes=0', '--max_iters'),
+    ('train --block_size=100000', '--block_size'),
+    ('train --device=cuda:99', '--device'),
+    ('train --data=nowhere', 'nowhere'),
+    ('train --data=pipe.mid', 'pipe.mid'),
+    ('train --out_dir=file/out', '--out_dir'),
+    ('train --resume', 'rwkv.last.pt'),
+    ('train --resume --arch=rnn --out_dir=last', 'rnn.last.pt'),
+    ('train --resume --arch=lstm --out_dir=last', 'lstm.last.pt is not a run that can go on'),
+    ('sample --ckpt=none.pt', 'none.pt'),
+    ('sample --ckpt=file', 'file'),
+    ('sample --ckpt=/dev/zero', '/dev/zero'),
+    ('sample --temperature=0', '--temperature'),
+    ('sample --length=1e6', '--length'),
+    ('sample --num_samples=1000 --best_of=1000', '--best_of'),
+    ('sample --key=H', '--key'),
+    ('sample --prompt=file', 'file'),
+    ('sample --prompt=silent.mid', 'silent.mid'),
+    ('sample --prompt=fields.abc', 'fields.abc'),
+    ('sample --prompt=pipe.mid', 'pipe.mid'),
+    ('sample --prompt=tune.mid --prompt_beats=0', '--prompt_beats'),
+    ('sample --out=no/folder/x.mid', 'folder'),
+    ('sample --out=link', 'cannot write link.mid'),
+    ('sample --out=folder', 'cannot write folder.abc'),
+    ('sample --out= --num_samples=2', 'cannot write .'),
+    ('sample --out=/dev/null', 'cannot write /dev/null'),
 ]
 
 
-@pytest.mark.parametrize('script, options, named', SCRIPTS_BAD, ids=lambda x: x.replace('{', '').replace('}', ''))
-def test_bad_input_ends_in_one_sentence(trained, book, tmp_path, monkeypatch, script, options, named):
-    (tmp_path / 'empty').mkdir()
-    for name in ('file', 'bad.zip', 'bad.npz'):
-        (tmp_path / name).write_bytes(b'nothing in particular')
-    (tmp_path / 'fields.abc').write_text('M:6/8\nK:D\n')
-    (tmp_path / 'last').mkdir()
-    shutil.copy(trained['lstm'][1], tmp_path / 'last' / 'lstm.last.pt')
-    notation.write_midi(np.empty((0, 3)), tmp_path / 'silent.mid')
-    ckpt = trained['rwkv'][1]
-    (tmp_path / 'half.pt').write_bytes(ckpt.read_bytes()[:ckpt.stat().st_size // 2])
-    torch.save({'weights': torch.zeros(3)}, tmp_path / 'foreign.pt')
-    torch.save({'model': Path('x'), 'code': subprocess.Popen}, tmp_path / 'code.pt')
-    before = sorted(tmp_path.rglob('*'))
+@pytest.mark.parametrize('command, named', SCRIPTS_BAD)
+def test_bad_input_ends_in_one_sentence(trained, book, tmp_path, monkeypatch, command, named):
     monkeypatch.chdir(tmp_path)
-    done = scripts_run(script, *options.format(tmp=tmp_path, book=book, ckpt=ckpt).split())
-    scripts_refused(done, script, named)
-    assert sorted(tmp_path.rglob('*')) == before
-
-
-@pytest.mark.parametrize('name', ['f', 'f.mid', 'f.abc', 'f.zip', 'f.npz', '/dev/zero', 'rwkv.last.pt'])
-@pytest.mark.parametrize('option', ['data', 'prompt', 'ckpt'])
-def test_pipes_and_devices_do_not_hang(trained, tmp_path, name, option):
-    path = Path('/dev/zero') if name == '/dev/zero' else tmp_path / name
-    if path.parent == tmp_path:
-        os.mkfifo(path)
-    words = [f'--{option}={path}', f'--out_dir={tmp_path}']
-    if name == 'rwkv.last.pt':
-        words = ['--resume', f'--out_dir={tmp_path}']
-    if option != 'data':
-        words = [f'--ckpt={trained["rwkv"][1]}', f'--{option}={path}']
-    script = 'train' if option == 'data' else 'sample'
-    scripts_refused(scripts_run(script, *words, seconds=30), script, str(path))
+    # nothing is composed before all is known to be well
+    monkeypatch.setattr(Model, 'compose', None)
+    Path('file').write_bytes(b'nothing in particular')
+    Path('link.mid').symlink_to('file')
+    Path('folder.abc').mkdir()
+    Path('fields.abc').write_text('M:6/8\nK:D\n')
+    notation.write_midi(np.empty((0, 3)), 'silent.mid')
+    notation.write_midi(scripts_dance().notes, 'tune.mid')
+    Path('last').mkdir()
+    shutil.copy(trained['lstm'], 'last/lstm.last.pt')
+    for pipe in ('pipe.mid', 'last/rnn.last.pt'):
+        os.mkfifo(pipe)
+    before = sorted(tmp_path.rglob('*'))
+    script, *words = command.split()
+    usual = f'--ckpt={trained["rwkv"]}' if script == 'sample' else f'--data={book}'
+    assert named in scripts_run(script, usual, *words, status=2)
+    assert sorted(tmp_path.rglob('*')) == before and Path('file').read_bytes() == b'nothing in particular'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2827,32 +2431,17 @@ def test_pipes_and_devices_do_not_hang(trained, tmp_path, name, option):
 def scripts_last(out, arch='rwkv'):
     """What a run ended with: all its tensors, the table without the times, its step and its best loss."""
     saved = torch.load(out / f'{arch}.last.pt', weights_only=True)
-    moments = [x for states in saved['optimizers'] for state in states.values() for x in state.values()]
-    times = ('minutes', 'frames_per_second')
-    rows = [{name: x for name, x in row.items() if name not in times} for row in scripts_rows(out, arch)]
     best = torch.load(out / f'{arch}.pt', weights_only=True)
+    moments = [x for states in saved['optimizers'] for state in states.values() for x in state.values()]
+    rows = [[x for name, x in row.items() if name not in ('minutes', 'frames_per_second')]
+            for row in csv.DictReader((out / f'{arch}.csv').open())]
     return [*saved['model'].values(), *moments, *best['model'].values()], rows, (saved['run']['step'], best['valid'])
-
-
-def scripts_close(a, b):
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
-
-
-def test_train_seeds_make_it_repeatable(book, tmp_path):
-    runs = {}
-    for name, seed in (('a', 7), ('b', 7), ('c', 8)):
-        assert scripts_train(book, tmp_path / name, '--max_iters=3', f'--seed={seed}').status == 0
-        runs[name] = scripts_last(tmp_path / name)[0]
-    assert all(map(torch.equal, runs['a'], runs['b'])) and not all(map(torch.equal, runs['a'], runs['c']))
 
 
 @pytest.mark.parametrize('arch', ['rwkv', 'lstm'])
 def test_resume_is_bit_for_bit_the_run_that_never_stopped(book, tmp_path, monkeypatch, arch):
     options = f'--arch={arch}', '--max_iters=9', '--eval_interval=4', '--log_interval=3', '--dropout=0.3'
-    # a folder is named from where one stands, and stays the same music
-    monkeypatch.chdir(book.parent)
-    assert scripts_train(book.name, tmp_path / 'whole', *options).status == 0
+    scripts_train(book, tmp_path / 'whole', *options)
     steps = 0
     draw = data.Dataset.batch
 
@@ -2865,256 +2454,188 @@ def test_resume_is_bit_for_bit_the_run_that_never_stopped(book, tmp_path, monkey
         return draw(self, split, batch_size, *rest)
 
     monkeypatch.setattr(data.Dataset, 'batch', interrupted)
-    done = [scripts_train(book.name, tmp_path / 'parts', *options)]
+    monkeypatch.setattr(sys, 'orig_argv', ['python', 'train.py', '--out_dir=my run'])
+    # a folder is named from where one stands, and stays the same music
+    monkeypatch.chdir(book.parent)
+    stopped = scripts_train(book.name, tmp_path / 'parts', *options, status=130)
+    assert "stopped at step 1; to go on:  python train.py '--out_dir=my run' --resume\n" in stopped
     monkeypatch.chdir(tmp_path)
-    for _ in range(4):      # all else is remembered
-        done.append(scripts_run('train', f'--arch={arch}', '--out_dir=parts', '--resume'))
-    assert [d.status for d in done] == [130, 130, 143, 143, 0] and steps == 9, done[-1].err
-    assert 'to go on:  ' in done[0].out and 'step 1, ' in done[1].out and '--resume' in done[0].out
-    tensors, rows, best = scripts_last(tmp_path / 'whole', arch)
-    tensors_of_parts, rows_of_parts, best_of_parts = scripts_last(tmp_path / 'parts', arch)
-    assert rows_of_parts == rows and best_of_parts == best and best[0] == 9
-    assert all(map(torch.equal, tensors_of_parts, tensors)) and len(tensors_of_parts) == len(tensors)
+    for status in (130, 143, 143, 0):
+        # all else is remembered
+        printed = scripts_run('train', f'--arch={arch}', '--out_dir=parts', '--resume', status=status)
+    assert 'going on from parts' in printed and steps == 9
+    tensors, *rest = scripts_last(tmp_path / 'whole', arch)
+    tensors_of_parts, *rest_of_parts = scripts_last(tmp_path / 'parts', arch)
+    assert rest_of_parts == rest and rest[-1][0] == 9
+    assert all(torch.equal(a, b) for a, b in zip(tensors, tensors_of_parts, strict=True))
 
 
-def test_resume_options_given_again_win(book, tmp_path):
-    assert scripts_train(book, tmp_path / 'out', '--max_iters=2', '--beta2=0.9').status == 0
-    done = scripts_train(book, tmp_path / 'out', '--resume', '--max_iters=4', '--learning_rate=0', '--block_size=1')
-    assert done.status == 0, done.err
-    saved = torch.load(tmp_path / 'out' / 'rwkv.last.pt', weights_only=True)
-    assert saved['run']['step'] == 4
-    assert {'--max_iters=4', '--beta2=0.9', '--learning_rate=0.0'} <= set(saved['options'])
-    for options, named in ((['--n_embd=24'], 'n_embd 16'), (['--arch=lstm'], 'lstm.last.pt')):
-        scripts_refused(scripts_train(book, tmp_path / 'out', '--resume', *options), 'train', named)
+def test_resume_options_given_again_win(book, out):
+    scripts_train(book, out, '--resume', '--max_iters=82', '--learning_rate=0', '--block_size=1')
+    saved = load_checkpoint(out / 'rwkv.last.pt')[1]
+    assert saved['run']['step'] == 82
+    assert {'--max_iters=82', '--transpose=0', '--learning_rate=0.0'} <= set(saved['options'])
+    for option, named in (('--n_embd=24', 'n_embd 16'), ('--arch=lstm', 'lstm.last.pt')):
+        assert named in scripts_train(book, out, '--resume', option, status=2)
 
 
-def test_resume_on_other_music_is_judged_anew(book, tmp_path):
-    easy = tmp_path / 'easy'
-    easy.mkdir()
+def test_resume_on_other_music_is_judged_anew(out, tmp_path):
+    other = tmp_path / 'other'
+    other.mkdir()
     for i in range(4):
-        notation.write_midi([(40, t, t + 1) for t in range(50)], easy / f'{i}.mid')
-    assert scripts_train(easy, tmp_path / 'out', '--max_iters=1').status == 0
-    before = load_checkpoint(tmp_path / 'out' / 'rwkv.pt')[1]
-    assert scripts_train(book, tmp_path / 'out', '--resume', '--max_iters=2').status == 0
-    after = load_checkpoint(tmp_path / 'out' / 'rwkv.pt')[1]
-    assert after['valid'] > 2 * before['valid'] and after['meta']['data'] == str(book) and after['step'] == 2
+        notation.write_midi([(9 * t % 70 + i, t / 4, t) for t in range(50)], other / f'{i}.mid')
+    before = load_checkpoint(out / 'rwkv.pt')[1]
+    scripts_train(other, out, '--resume', '--max_iters=81')
+    after = load_checkpoint(out / 'rwkv.pt')[1]
+    assert after['valid'] > 2 * before['valid'] and after['meta']['data'] == str(other)
+    # the first model that was validated on it is the best so far
+    last = load_checkpoint(out / 'rwkv.last.pt')[1]
+    assert all(torch.equal(after['model'][name], last['model'][name]) for name in last['model'])
 
 
-def test_train_sigterm_saves_and_gives_the_command_to_go_on(book, tmp_path):
-    words = [sys.executable, str(SCRIPTS_HOME / 'train.py'), f'--data={book}', f'--out_dir={tmp_path / "my run"}',
-             *SCRIPTS_TINY, '--max_iters=1000000', '--arch=lstm']
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SCRIPTS_ENV) as process:
-        for line in process.stdout:
-            if line.startswith('step 10:'):
-                process.terminate()
-                break
-        rest, complaint = process.communicate(timeout=60)
-    assert process.returncode == 143 and not complaint
-    step, command = re.search(r'^stopped at step (\d+); to go on:  (.*)$', rest, re.M).groups()
-    assert shlex.split(command) == [*words, '--resume']
-    done = scripts_run('train', *shlex.split(command)[2:], f'--max_iters={int(step) + 5}')
-    assert done.status == 0 and f'step {step}, ' in done.out and f'step {int(step) + 5}: valid' in done.out, done.err
-
-
-# Runs that go on and save after every step, each killed in its third save: with half of the file written, before the
-# new file takes the old one's name, and after that. Prints where the run stands after each
-SCRIPTS_KILL = '''
-import json, os, signal, sys
+# Two runs that go on and save after every step, each killed in its third save: before the new file takes the old one's
+# name, and after that. Prints where they stand
+SCRIPTS_KILL = """
+import os, signal, sys
 import model, torch, train
+
+def watch(event, args):
+    global saves
+    saves += event == 'os.rename' and 'last.pt' in str(args[1])
+    if saves == 3 and event == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+
 torch.set_num_threads(1)
 out = sys.argv.pop()
-fsync, replace = os.fsync, os.replace
-saves = 0
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-def dying_fsync(file):
-    global saves
-    fsync(file)
-    saves += 'last.pt' in os.readlink(f'/proc/self/fd/{file}')
-    if saves == 3 and moment == 'writing':
-        os.ftruncate(file, os.fstat(file).st_size // 2)
-        die()
-def dying_replace(a, b):
-    if saves == 3 and moment == 'written':
-        die()
-    replace(a, b)
-    if saves == 3 and moment == 'renamed':
-        die()
-for moment in ('writing', 'written', 'renamed'):
+for moment in ('os.rename', 'os.remove'):
+    saves = 0
     child = os.fork()
     if not child:
-        os.fsync, os.replace = dying_fsync, dying_replace
-        sys.stdout = open(os.devnull, 'w')
+        sys.stdout = sys.stderr
+        sys.addaudithook(watch)
         train.main()
     killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    model.load_checkpoint(f'{out}/lstm.pt')
-    step = model.load_checkpoint(f'{out}/lstm.last.pt')[1]['run']['step']
-    print(json.dumps([moment, killed, step, sum(name.endswith('.part') for name in os.listdir(out))]), flush=True)
-'''
+    model.load_checkpoint(f'{out}/rwkv.pt')
+    step = model.load_checkpoint(f'{out}/rwkv.last.pt')[1]['run']['step']
+    print(moment, killed, step, sum(name.endswith('.part') for name in os.listdir(out)), flush=True)
+"""
 
 
-def test_kill_9_in_the_act_of_saving_leaves_a_checkpoint(book, tmp_path):
-    out = tmp_path / 'out'
-    words = [f'--data={book}', f'--out_dir={out}', *SCRIPTS_TINY, '--eval_interval=1', '--arch=lstm']
-    assert scripts_run('train', *words, '--max_iters=1').status == 0
-    command = [sys.executable, '-c', SCRIPTS_KILL, *words, '--max_iters=100', '--resume', str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=SCRIPTS_ENV)
-    # each cleared what the one before had left
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [
-        ['writing', -9, 2, 1], ['written', -9, 3, 1], ['renamed', -9, 5, 0]], done.stderr
-    assert scripts_run('train', *words, '--max_iters=6', '--resume').status == 0
+def test_kill_9_in_the_act_of_saving_leaves_a_checkpoint(out):
+    words = [f'--out_dir={out}', '--eval_interval=1', '--max_iters=90', '--resume', str(out)]
+    done = subprocess.run([sys.executable, '-c', SCRIPTS_KILL, *words], capture_output=True, text=True, timeout=300,
+                          env=SCRIPTS_ENV)
+    # the second cleared what the first had left
+    assert done.stdout.splitlines() == ['os.rename -9 81 1', 'os.remove -9 83 0'], done.stderr
 
 
-def test_train_two_runs_of_one_name(book, tmp_path, monkeypatch):
-    out = tmp_path / 'out'
-    out.mkdir()
-    dead = subprocess.Popen(['true'])
-    dead.wait()
-    with subprocess.Popen(['sleep', '100']) as other:
-        (out / 'rwkv.pid').write_text(str(other.pid))
-        (out / f'rwkv.pt.{other.pid}.part').write_bytes(b'half of it')
-        for name in (f'rwkv.last.pt.{dead.pid}.part', f'lstm.pt.{dead.pid}.part'):
-            (out / name).write_bytes(b'half of it')
-        draw = data.Dataset.batch
+def test_two_runs_of_one_name(book, out, monkeypatch):
+    other = os.getppid()
+    (out / 'rwkv.pid').write_text(str(other))
+    draw = data.Dataset.batch
 
-        # the other run saves its best model, of another size, when this one has done its last validation but one
-        def batch(self, *rest):
-            if (out / 'rwkv.pt').exists():
-                scripts_untrained(out / 'rwkv.pt', data.AbcText())
-            return draw(self, *rest)
+    # the other run saves its best model, of another size, when this one has found its own
+    def batch(self, *rest):
+        scripts_untrained(out / 'rwkv.pt', data.AbcText())
+        return draw(self, *rest)
 
-        monkeypatch.setattr(data.Dataset, 'batch', batch)
-        done = scripts_train(book, out, '--max_iters=3', '--eval_interval=1', '--learning_rate=0')
-        other.kill()
-    assert done.status == 0 and f'process {other.pid} is training into {out}/rwkv.* too' in done.out
-    assert sorted(path.name for path in out.iterdir()) == sorted([
-        'loss.svg', f'lstm.pt.{dead.pid}.part', 'rwkv.csv', 'rwkv.last.pt', 'rwkv.pt', f'rwkv.pt.{other.pid}.part'])
+    monkeypatch.setattr(data.Dataset, 'batch', batch)
+    words = '--resume', '--max_iters=82', '--learning_rate=0', '--min_lr=0', '--eval_interval=1'
+    printed = scripts_train(book, out, *words)
+    assert f'process {other} is training into {out}/rwkv.* too' in printed
     assert load_checkpoint(out / 'rwkv.pt')[0].config.arch == 'rwkv'
     # and after that nobody is in the way
-    assert 'is training into' not in scripts_train(book, out, '--max_iters=1').out
+    assert 'is training into' not in scripts_train(book, out, '--max_iters=1')
 
 
-class ScriptsInfiniteGradient(torch.autograd.Function):
-    forward = staticmethod(lambda ctx, x: x.clone())
-    backward = staticmethod(lambda ctx, g: g * math.inf)
+def scripts_raise(error, *_, **__):
+    raise error
 
 
-@pytest.mark.parametrize('options, step', [([], 0), (['--resume'], 2)])
-@pytest.mark.parametrize('what', ['loss', 'gradient'])
-def test_numbers_that_are_not_finite_stop_the_run(book, tmp_path, monkeypatch, what, options, step):
-    out = tmp_path / 'out'
-    assert scripts_train(book, out, '--max_iters=2').status == 0
-    before = (out / 'rwkv.pt').read_bytes()
+@pytest.mark.parametrize('options', [[], ['--resume']])
+@pytest.mark.parametrize('named, change', [
+    ('loss is nan', lambda nats: nats * math.nan),
+    ('gradient is nan', lambda nats: nats.register_hook(lambda g: g * math.inf) and nats),
+    ('memory: lower --batch_size', partial(scripts_raise, MemoryError())),
+    ('memory: lower --batch_size', partial(scripts_raise, torch.OutOfMemoryError('CUDA out of memory'))),
+    ('memory: lower --batch_size', partial(scripts_raise, RuntimeError("CPUAllocator: can't allocate memory: 9")))])
+def test_a_step_that_fails_leaves_the_checkpoints(book, out, monkeypatch, named, change, options):
+    before = scripts_files(out, '*.pt')
     loss = Model.loss
-    change = ScriptsInfiniteGradient.apply if what == 'gradient' else lambda x: x * math.nan
     monkeypatch.setattr(Model, 'loss', lambda self, *windows: change(loss(self, *windows)))
-    done = scripts_train(book, out, *options, '--max_iters=5', '--grad_clip=0')
-    scripts_refused(done, 'train', '--learning_rate')
-    assert what in done.err and f'step {step}' in done.err
-    assert (out / 'rwkv.pt').read_bytes() == before
-    assert load_checkpoint(out / 'rwkv.last.pt')[1]['run']['step'] == 2
+    assert named in scripts_train(book, out, *options, '--max_iters=85', '--grad_clip=0', status=2)
+    assert scripts_files(out, '*.pt') == before
+
+
+def test_sample_without_enough_memory_says_so(out, monkeypatch):
+    monkeypatch.setattr(Model, 'compose', partial(scripts_raise, MemoryError()))
+    assert 'memory: lower --num_samples' in scripts_run('sample', f'--ckpt={out}/rwkv.pt', status=2)
 
 
 @pytest.mark.parametrize('name', ['rwkv.pid', 'rwkv.last.pt', 'rwkv.pt', 'rwkv.csv', 'loss.svg'])
-def test_full_disk_leaves_the_checkpoints(book, tmp_path, monkeypatch, name):
-    out = tmp_path / 'out'
-    assert scripts_train(book, out, '--max_iters=2').status == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+def test_full_disk_leaves_the_checkpoints(book, out, monkeypatch, name):
+    before = scripts_files(out)
 
     def full(file):
         if Path(os.readlink(f'/proc/self/fd/{file}')).name.startswith(f'{name}.'):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, 'fsync', full)
-    done = scripts_train(book, out, '--resume', '--max_iters=4')
-    scripts_refused(done, 'train', f'{name} (No space left')
-    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert f'{name} (No space left' in scripts_train(book, out, '--resume', '--max_iters=82', status=2)
+    after = scripts_files(out)
     assert after.get(name) == before.get(name) and not any('.part' in name for name in after)
-    for path in ('rwkv.pt', 'rwkv.last.pt'):
-        load_checkpoint(out / path)
+    for path in out.glob('*.pt'):
+        load_checkpoint(path)
 
 
-@pytest.mark.parametrize('error', [
-    MemoryError(), torch.OutOfMemoryError('CUDA out of memory'),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
-def test_not_enough_memory_is_told_in_one_sentence(book, trained, tmp_path, monkeypatch, error):
-    def fail(*_, **__):
-        raise error
-
-    out = tmp_path / 'out'
-    assert scripts_train(book, out, '--max_iters=2').status == 0
-    before = {path.name: path.read_bytes() for path in out.glob('*.pt')}
-    monkeypatch.setattr(Model, 'compose', fail)
-    done = scripts_run('sample', f'--ckpt={trained["rwkv"][1]}', f'--out={tmp_path}/x')
-    assert done.status == 2 and re.fullmatch('sample.py: .*not enough memory.*--num_samples.*\n', done.err)
-    # in a step, and while the model is built
-    for name in ('loss', '__init__'):
-        monkeypatch.setattr(Model, name, fail)
-        done = scripts_train(book, out, '--max_iters=4')
-        assert done.status == 2 and re.fullmatch('train.py: .*not enough memory.*--batch_size.*\n', done.err)
-    assert {path.name: path.read_bytes() for path in out.glob('*.pt')} == before
-
-
-def test_gradient_accumulation_changes_nothing(book, tmp_path):
-    for pieces in (1, 4):
-        assert scripts_train(book, tmp_path / f'{pieces}', f'--gradient_accumulation_steps={pieces}', '--max_iters=4',
-                             '--dropout=0').status == 0
-    scripts_close(scripts_last(tmp_path / '1')[0], scripts_last(tmp_path / '4')[0])
+def scripts_close(a, b):
+    return all(torch.allclose(x, y, rtol=1e-3, atol=1e-5) for x, y in zip(a, b, strict=True))
 
 
 def test_two_processes_with_batch_4_train_as_one_with_batch_8(book, tmp_path):
-    options = ['--batch_size=8', '--max_iters=6', '--eval_interval=3', '--dropout=0', '--arch=lstm']
-    assert scripts_train(book, tmp_path / 'one', *options).status == 0
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1']
-    command = [*torchrun, f'--master_port={port}', str(SCRIPTS_HOME / 'train.py'), f'--data={book}', *SCRIPTS_TINY,
-               *options, f'--out_dir={tmp_path / "two"}', '--gradient_accumulation_steps=2']
+    options = ['--batch_size=8', '--max_iters=6', '--eval_interval=3', '--log_interval=2', '--dropout=0',
+               '--grad_clip=0', '--arch=lstm']
+    # so many that both have songs to validate on
+    for split in data.SPLITS:
+        shutil.copytree(book, tmp_path / 'books' / split)
+    book = tmp_path / 'books'
+    scripts_train(book, tmp_path / 'one', *options)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local_addr=127.0.0.1',
+                '--nproc_per_node=2']
+    command = [*torchrun, SCRIPTS_HOME / 'train.py', f'--data={book}', f'--out_dir={tmp_path}/two', *SCRIPTS_TINY,
+               *options, '--gradient_accumulation_steps=2']
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=SCRIPTS_ENV)
     assert done.returncode == 0, done.stderr
     # one speaks
     assert '2 processes' in done.stdout and done.stdout.count('\nstep 6: valid') == done.stdout.count('\ntest: ') == 1
     one, rows, _ = scripts_last(tmp_path / 'one', 'lstm')
     two, rows_of_two, _ = scripts_last(tmp_path / 'two', 'lstm')
-    scripts_close(one, two)
+    assert scripts_close(one, two)
+    scripts_train(book, tmp_path / 'other', *options, '--seed=8')
+    assert not scripts_close(one, scripts_last(tmp_path / 'other', 'lstm')[0])
     # validation and test, of which each process did a share
     for a, b in zip(rows, rows_of_two, strict=True):
-        assert [float(x or 0) for x in a.values()] == pytest.approx([float(x or 0) for x in b.values()], abs=1e-4)
-
-
-def test_batches_that_do_not_divide_are_refused(book, tmp_path, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '3')
-    done = scripts_train(book, tmp_path / 'out', '--batch_size=8', '--max_iters=2')
-    assert done.status == 2 and re.fullmatch(r'train.py: --batch_size=8 .*3 processes.*--batch_size=9\n', done.err)
+        assert [float(x or 0) for x in a] == pytest.approx([float(x or 0) for x in b], abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts of train.py
 
-def scripts_args(*words):
-    return train.parse_args(list(words))
-
-
 @pytest.mark.parametrize('shape', [(3, 32, 32), (2, 48, 16), (2, 16, 48), (1, 64, 1)])
 def test_muon_moves_matrices_alike_in_all_directions(shape):
-    n, rows, columns = shape
-    rng = np.random.default_rng(0)
-    U, _, V = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
-    rank = min(rows, columns)
-    G = U * np.geomspace(1, 1 / 8, rank) @ V
-    X = train.orthogonal(torch.tensor(G)).numpy()
-    assert X.shape == shape
+    U, _, V = np.linalg.svd(np.random.default_rng(0).normal(size=shape), full_matrices=False)
+    rank = U.shape[2]
+    G = torch.tensor(U * np.geomspace(1, 1 / 8, rank) @ V)
+    X = train.orthogonal(G)
     # the directions are those of G, and none is much longer than another
-    inside = U.swapaxes(1, 2) @ X @ V.swapaxes(1, 2)
-    size = np.diagonal(inside, axis1=1, axis2=2)
-    np.testing.assert_allclose(inside, size[:, None] * np.eye(rank), atol=1e-9)
-    assert size.min() > 0.68 and size.max() < 1.22
+    inside = U.swapaxes(1, 2) @ X.numpy() @ V.swapaxes(1, 2)
+    sizes = np.diagonal(inside, axis1=1, axis2=2)
+    np.testing.assert_allclose(inside, sizes[:, None] * np.eye(rank), atol=1e-9)
+    assert X.shape == shape and sizes.min() > 0.68 and sizes.max() < 1.22
     # one at a time, at any length, in any type
-    np.testing.assert_allclose(train.orthogonal(torch.tensor(G[-1:])).numpy(), X[-1:], atol=1e-9)
-    np.testing.assert_allclose(train.orthogonal(torch.tensor(1e-3 * G)).numpy(), X, atol=1e-2)
-    half = train.orthogonal(torch.tensor(G, dtype=torch.bfloat16))
-    assert half.dtype == torch.bfloat16 and np.abs(half.double().numpy() - X).max() < 0.1
+    torch.testing.assert_close(train.orthogonal(G[-1:]), X[-1:])
+    torch.testing.assert_close(train.orthogonal(1e-3 * G), X, rtol=0, atol=1e-2)
+    torch.testing.assert_close(train.orthogonal(G.bfloat16()), X.bfloat16(), rtol=0, atol=0.1)
 
 
 def test_muon_steps_by_momentum_shape_and_decay():
@@ -3130,61 +2651,54 @@ def test_muon_steps_by_momentum_shape_and_decay():
             X = train.orthogonal((0.95 * momentum[i] + 0.05 * p.grad).unsqueeze(0))[0]
             wanted[i] = wanted[i] * (1 - 0.1 * 0.5) - 0.1 * max(1, len(p) / len(p.T)) ** 0.5 * X
         muon.step()
-    for p, w in zip(matrices, wanted):
-        torch.testing.assert_close(p.detach(), w)
+    torch.testing.assert_close([p.detach() for p in matrices], wanted)
 
 
 @pytest.mark.parametrize('arch', ['rnn', 'lstm', 'rwkv', 'transformer'])
 def test_weight_decay_is_for_matrices_only(arch):
     model = Model(Config(9, arch, n_layer=2, n_embd=8, lookback=4, beat=4))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    args = scripts_args('--learning_rate=0.1', '--weight_decay=0.5', '--dtype=float32')
-    optimizers = train.make_optimizers(model, args)
-    assert [type(optimizer).__name__ for optimizer in optimizers] == ['AdamW', 'Muon']
-    assert sum(len(group['params']) for optimizer in optimizers for group in optimizer.param_groups) == len(before)
-    muon = {id(p) for group in optimizers[1].param_groups for p in group['params']}
-    assert muon == {id(p) for name, p in model.named_parameters() if name.startswith('blocks.') and p.dim() == 2}
+    args = train.parse_args(['--learning_rate=0.1', '--weight_decay=0.5', '--dtype=float32'])
+    adamw, muon = train.make_optimizers(model, args)
+    inner = {id(p) for group in muon.param_groups for p in group['params']}
+    assert inner == {id(p) for name, p in model.named_parameters() if name.startswith('blocks.') and p.dim() == 2}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    for optimizer in optimizers:
-        optimizer.step()
+    adamw.step()
+    muon.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.dim() == 2 else 1), msg=name)
 
 
 def test_learning_rate_warms_up_and_decays():
-    args = scripts_args('--learning_rate=1', '--min_lr=0.1', '--warmup_iters=9')
+    args = train.parse_args(['--learning_rate=1', '--min_lr=0.1', '--warmup_iters=9'])
     assert [train.lr_at(step, 0, args) for step in (0, 4, 9, 99)] == pytest.approx([0.1, 0.5, 1, 1])
     assert [train.lr_at(99, done, args) for done in (0.25, 0.5, 1)] == pytest.approx([0.1 + 0.9 * 0.8535534, 0.55, 0.1])
 
 
 @pytest.mark.parametrize('words, step_takes, validation_takes, wanted', [
-    (['--max_iters=2000', '--max_minutes=0'], 0.2, 1.0, range(20, 23)),
-    (['--max_iters=100000', '--max_minutes=0'], 0.2, 1.0, range(20, 23)),
-    (['--max_iters=150', '--max_minutes=0'], 0.2, 1.0, range(3, 5)),
-    (['--max_iters=10', '--max_minutes=0'], 0.2, 1.0, range(2, 3)),
-    (['--max_iters=90', '--max_minutes=0', '--eval_interval=30'], 0.2, 1.0, range(4, 5)),
-    (['--max_minutes=8'], 0.2, 0.7, range(20, 23)),
-    (['--max_minutes=8'], 1.0, 60.0, range(2, 4)),
-])
+    ('--max_iters=2000 --max_minutes=0', 0.2, 1.0, 21),
+    ('--max_iters=150 --max_minutes=0', 0.2, 1.0, 4),
+    ('--max_iters=10 --max_minutes=0', 0.2, 1.0, 2),
+    ('--max_iters=90 --max_minutes=0 --eval_interval=30', 0.2, 1.0, 4),
+    ('--max_minutes=8', 0.2, 0.7, 21),
+    ('--max_minutes=8', 8.0, 24.0, 2)])
 def test_validations_are_about_twenty(words, step_takes, validation_takes, wanted):
-    args = scripts_args(*words)
+    args = train.parse_args(words.split())
     run = train.Run()
     at = []
-    while True:
+    done = 0
+    while done < 1:
         done = train.progress(run, args)
         if train.is_due(run, args):
             at.append(done)
             run.validated = int(done * train.VALIDATIONS)
-            run.validating += validation_takes
+            run.validated_at = run.step
             run.seconds += validation_takes
-        if done == 1:
-            break
         run.step += 1
         run.seconds += step_takes
-    assert len(at) in wanted and at[0] == 0 and at[-1] == 1, at
-    if args.max_iters >= 2000 or step_takes < 1 < args.max_minutes:
-        assert np.diff(at).max() < 0.07
+    assert len(at) == wanted and at[0] == 0 and at[-1] == 1, at
+    assert wanted < 20 or np.diff(at).max() < 0.07
 
 
 @pytest.mark.parametrize('flags, has', [
@@ -3193,8 +2707,7 @@ def test_validations_are_about_twenty(words, step_takes, validation_takes, wante
 def test_bfloat16_where_the_processor_multiplies_in_it(monkeypatch, flags, has):
     monkeypatch.setattr(Path, 'exists', lambda self: True)
     monkeypatch.setattr(Path, 'read_text', lambda self: flags)
-    assert train.has_bfloat16(torch.device('cpu')) is has
-    args = scripts_args()
+    args = train.parse_args([])
     train.complete(args, torch.device('cpu'), 1)
     assert args.dtype == ('bfloat16' if has else 'float32')
     monkeypatch.setattr(Path, 'exists', lambda self: False)
@@ -3204,78 +2717,63 @@ def test_bfloat16_where_the_processor_multiplies_in_it(monkeypatch, flags, has):
 # ---------------------------------------------------------------------------------------------------------------------
 # Hostile files: `python test_model.py 20000` reads so many mutated files, and prints how it went; the test reads a few
 
-# for each file, beyond what an idle process takes
-SCRIPTS_LIMITS = dict(seconds=2, megabytes=500)
-SCRIPTS_CHANGES = ('os.remove', 'os.rename', 'os.mkdir', 'os.rmdir', 'os.link', 'os.symlink', 'os.system', 'os.exec',
-                   'os.posix_spawn', 'shutil.rmtree', 'socket.connect', 'subprocess.Popen')
-SCRIPTS_NUMBERS = (0, 1, 127, 128, 255, 2 ** 15 - 1, 2 ** 24 - 1, 2 ** 28 - 1, 2 ** 31, 2 ** 64 - 1)
+def hostile_mutate(rng, blob, others):
+    """A copy of bytes in which up to three pieces are something else."""
+    numbers = 0, 1, 127, 128, 255, 2 ** 15 - 1, 2 ** 24 - 1, 2 ** 28 - 1, 2 ** 31, 2 ** 64 - 1, len(blob)
+    for _ in range(rng.randint(0, 3)):
+        start = rng.randrange(len(blob) + 1)
+        end = min(len(blob), start + rng.choice([1, 4, 200, len(blob)]))
+        piece = blob[start:end]
+        number = rng.choice(numbers)
+        other = rng.choice(others)
+        there = rng.randrange(len(other))
+        piece = rng.choice([
+            b'',
+            bytes(byte ^ 1 << rng.randrange(8) for byte in piece[:16]) + piece[16:],
+            number.to_bytes(8, rng.choice(['big', 'little'])),
+            (number % 256).to_bytes(1, 'big'),
+            other[there:there + rng.randint(1, 4000)],
+            piece[:200] * int(2 ** rng.uniform(0, 8))])
+        blob = blob[:start] + piece + blob[end:]
+    return blob[:1 << 18]
 
 
-def scripts_mutate(rng, blob, others):
-    """A copy of bytes with one to three things wrong: bits, the end, a piece of another file, a number, a repeat."""
-    blob = bytearray(blob)
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(blob) + 1)
-        match rng.randrange(5):
-            case 0:
-                for _ in range(rng.randint(1, 16) if blob else 0):
-                    blob[rng.randrange(len(blob))] ^= 1 << rng.randrange(8)
-            case 1:
-                del blob[at:]
-            case 2:
-                other = rng.choice(others)
-                start = rng.randrange(len(other))
-                blob[at:at + rng.randrange(200)] = other[start:start + rng.randint(1, 4000)]
-            case 3:
-                size = rng.choice([1, 2, 4, 8])
-                number = rng.choice([*SCRIPTS_NUMBERS, len(blob)])
-                blob[at:at + size] = (number % 256 ** size).to_bytes(size, rng.choice(['big', 'little']))
-            case 4:
-                piece = blob[at:at + rng.randint(1, 200)]
-                blob[at:at] = piece * min(int(2 ** rng.uniform(0, 14)), (1 << 16) // max(1, len(piece)))
-    return bytes(blob[:1 << 18])
-
-
-def scripts_mutate_member(rng, blob, others):
+def hostile_mutate_member(rng, blob, others):
     """A sound zip in which one member is mutated, so that its checksum does not give it away."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(blob)) as old, zipfile.ZipFile(buffer, 'w') as new:
         chosen = rng.choice(old.namelist())
         for name in old.namelist():
             content = old.read(name)
-            new.writestr(name, scripts_mutate(rng, content, others) if name == chosen else content)
+            new.writestr(name, hostile_mutate(rng, content, others) if name == chosen else content)
     return buffer.getvalue()
 
 
-def scripts_sound_files(folder):
-    """{kind: [bytes]}: files of each kind as they should be; and a zip that costs as much as it can."""
+def hostile_sound_files(path):
+    """{kind: [bytes]}: files of each kind as they should be, written at path in turn."""
     tunes = data.TUNES.read_text(encoding='utf-8').split('\n\nX:')[1:]
-    sound = dict(mid=[], abc=['\n\nX:'.join(['', *tunes[i:i + 4]]).encode() for i in range(0, 40, 4)], zip=[], pt=[])
-    for i, song in enumerate(notation.read_abc(b''.join(sound['abc']))[:9]):
-        notation.write_midi(song.notes, folder / 'a', name='x' * 40, sharps=i - 4, metre='6/8')
-        sound['mid'].append((folder / 'a').read_bytes())
+    sound = dict(abc=['\n\nX:'.join(['', *tunes[i:i + 4]]).encode() for i in range(0, 40, 4)], mid=[], zip=[], pt=[])
+    songs = notation.read_abc(b''.join(sound['abc']))
+    for i, song in enumerate(songs[:9]):
+        notation.write_midi(song.notes, path, name='x' * 40, sharps=i - 4, metre='6/8')
+        sound['mid'].append(path.read_bytes())
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
-        with zipfile.ZipFile(folder / 'a', 'w', method) as z:
-            for name, content in (('train/1.mid', sound['mid'][0]), ('valid/b.abc', sound['abc'][0]), ('c.txt', b'?')):
-                z.writestr(name, content)
-        sound['zip'].append((folder / 'a').read_bytes())
+        with zipfile.ZipFile(path, 'w', method) as z:
+            z.writestr('train/1.mid', sound['mid'][0])
+            z.writestr('valid/b.abc', sound['abc'][0])
+        sound['zip'].append(path.read_bytes())
     for arch in ('rwkv', 'lstm'):
-        model = Model(Config(9, arch, n_layer=1, n_embd=8, lookback=2))
-        save_checkpoint(folder / 'a', model, meta=dict(data='a'), step=1, valid=1.0)
-        sound['pt'].append((folder / 'a').read_bytes())
-    with zipfile.ZipFile(folder / 'a', 'w', zipfile.ZIP_DEFLATED) as z:
-        z.writestr('a.mid', bytes(64 << 20))
-        for i in range(9_000):
-            z.writestr(f'{i}.mid', b'')
-    return sound, (folder / 'a').read_bytes()
+        save_checkpoint(path, Model(Config(9, arch, n_layer=1, n_embd=8, lookback=2)), meta=dict(data='a'), step=1)
+        sound['pt'].append(path.read_bytes())
+    data.save_songs(path, [('a.abc', song) for song in songs], [])
+    return sound | dict(npz=[path.read_bytes()])
 
 
-def scripts_read(kind, path):
-    """Reads a file; True if it is music or a model, False if it is refused in one sentence that names it."""
+def hostile_read(path):
+    """Is it music or a model? If not, it is refused in one sentence that names it."""
     try:
-        if kind == 'pt':
+        if path.suffix == '.pt':
             return bool(load_checkpoint(path)[0])
-        data.open_zip.cache_clear()
         for song in itertools.chain(*data.load(path, log=str).songs.values()):
             key, onset, end = song.notes.T
             assert len(key) and ((0 <= key) & (key < 88) & (0 <= onset) & (onset <= end) & np.isfinite(end)).all()
@@ -3286,55 +2784,39 @@ def scripts_read(kind, path):
 
 
 def survive(count, folder):
-    """Reads mutated files, as many as asked for in all, under SCRIPTS_LIMITS; returns what became of them."""
+    """Reads mutated files, as many as asked for in all; returns what became of them. Each costs 2 s at most, all
+    together 500 MB, and none changes anything."""
     rng = random.Random(count)
-    sound, worst = scripts_sound_files(folder)
-    data.MANY = 10 ** 6         # all in this process
-    result = {kind: dict(files=0, read=0, seconds=0.0, slowest=0.0, megabytes=0.0) for kind in sound}
-    reading = False
-    wrote = []
+    sound = hostile_sound_files(folder / 'a')
+    result = {kind: Counter() for kind in sound}
+    changes = []
 
-    def watch(event, args):     # Python itself tells of every file opened, changed or removed
-        writes = event == 'open' and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if reading and (writes or event in SCRIPTS_CHANGES):
-            wrote.append((event, *args))
+    # Python itself tells of every file opened, changed or removed, of processes and connections
+    def watch(event, args):
+        reads = event in ('os.listdir', 'os.scandir', 'os.walk') or event == 'open' and args[1] in ('r', 'rb')
+        if event.split('.')[0] in ('open', 'os', 'shutil', 'socket', 'subprocess') and not reads:
+            changes.append((event, *args))
 
-    def check(kind, blob):
-        nonlocal reading
-        path = folder / f'x.{kind}'
-        path.write_bytes(blob)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.process_time()
-        reading = True
-        with contextlib.redirect_stderr(io.StringIO()) as told:
-            good = scripts_read(kind, path)
-        reading = False
-        seconds = time.process_time() - start
-        megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        row = result[kind]
-        for name, value in dict(files=1, read=good, seconds=seconds, megabytes=megabytes).items():
-            row[name] += value
-        row['slowest'] = max(row['slowest'], seconds)
-        assert seconds < SCRIPTS_LIMITS['seconds'] and row['megabytes'] < SCRIPTS_LIMITS['megabytes'], (path, row)
-        assert not wrote and len(told.getvalue()) < 10_000, (path, wrote, told.getvalue()[:999])
-
-    # torch loads some of itself when it is first used
-    (folder / 'x.pt').write_bytes(sound['pt'][0])
-    load_checkpoint(folder / 'x.pt')
     sys.addaudithook(watch)
-    check('zip', worst)
-    kinds = [(kind, scripts_mutate) for kind in sound] + [(kind, scripts_mutate_member) for kind in ('zip', 'pt')]
-    for kind, change in itertools.islice(itertools.cycle(kinds), count):
-        check(kind, change(rng, rng.choice(sound[kind]), sound[kind]))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kinds = [(kind, hostile_mutate) for kind in sound] + [(kind, hostile_mutate_member) for kind in ('zip', 'pt')]
+    for kind, mutate in itertools.islice(itertools.cycle(kinds), count):
+        path = folder / f'x.{kind}'
+        path.write_bytes(mutate(rng, rng.choice(sound[kind]), sound[kind]))
+        changes.clear()
+        start = time.process_time()
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            read = hostile_read(path)
+        seconds = time.process_time() - start
+        megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
+        result[kind].update(files=1, read=read, seconds=seconds)
+        assert seconds < 2 and megabytes < 500 and len(told.getvalue()) < 10_000, (path, seconds, megabytes)
+        assert not changes, (path, changes)
     return result
 
 
 def test_hostile_files(tmp_path):
-    command = [sys.executable, '-B', __file__, '400', str(tmp_path)]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=300, env=SCRIPTS_ENV)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout)
-    assert sorted(result) == ['abc', 'mid', 'pt', 'zip']
+    result = survive(400, tmp_path)
     assert all(0 < row['read'] < row['files'] for row in result.values())
 
 
@@ -3344,26 +2826,14 @@ def test_hostile_files(tmp_path):
 RENDER_TUNE = [[39, 0, 2], [43, 0, 2], [51, 0, 1], [53, 1, 1.5], [51, 1.5, 2], [39, 2, 4], [43, 2, 4], [56, 2, 4]]
 
 
-def render_pitch(samples):
-    """The key, of 88 and in between, of the loudest partial."""
-    spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples)), 1 << 18))
-    return 48 + 12 * math.log2(spectrum.argmax() * 44100 / (1 << 18) / 440)
-
-
-def render_level(notes, beat):
-    """Loudness of both sides in the third of a second from a beat on, at 60 beats a minute, with a pickup of 1."""
-    start = int(beat * 44100)
-    part = render.synthesise(notes, 60, '4/4', 1)[start:start + 14700].astype(float)
-    return np.sqrt((part ** 2).mean(0))
-
-
 # the strongest and the weakest beat
 @pytest.mark.parametrize('onset', [0, 1.5])
 @pytest.mark.parametrize('key', [0, 12, 31, 48, 75, 87])
 def test_render_loudest_partial_is_the_key(key, onset):
     sound = render.synthesise([[key, onset, onset + 2]])[int(onset * 22050):][:44100].astype(float)
     for side in (sound[:, 0], sound[:, 1], sound.sum(1)):
-        assert abs(render_pitch(side) - key) < 0.5
+        spectrum = np.abs(np.fft.rfft(side * np.hanning(len(side)), 1 << 18))
+        assert abs(48 + 12 * math.log2(spectrum.argmax() * 44100 / (1 << 18) / 440) - key) < 0.5
 
 
 def test_render_silence_is_silent_and_nothing_clips():
@@ -3396,12 +2866,14 @@ def test_render_accents(metre, pickup, bar, beat, off):
 
 
 def test_render_beats_and_sides():
+    def level(notes, beat):
+        """Loudness of both sides in the third of a second from a beat on, with a pickup of 1."""
+        part = render.synthesise(notes, 60, '4/4', 1)[int(beat * 44100):][:14700].astype(float)
+        return np.sqrt((part ** 2).mean(0))
     notes = [[48, at, at + 0.5] for at in (1, 6, 11.5)]
-    bar, beat, off = [render_level(notes, at).sum() for at in (1, 6, 11.5)]
+    bar, beat, off = [level(notes, at).sum() for at in (1, 6, 11.5)]
     assert bar > 1.1 * beat > 1.2 * off
-    low = render_level([[10, 0, 1]], 0)
-    high = render_level([[80, 0, 1]], 0)
-    assert low[0] > low[1] and high[1] > high[0]
+    assert np.diff(level([[10, 0, 1]], 0)) < 0 < np.diff(level([[80, 0, 1]], 0))
 
 
 def test_render_wav_file(tmp_path):
@@ -3415,9 +2887,6 @@ def test_render_wav_file(tmp_path):
     with pytest.raises(UserError, match='minutes'):
         render.write_wav([[40, 0, 1e6], [40, 1e6, 1e6 + 1]], path)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# render: pictures
 
 SVG = '{http://www.w3.org/2000/svg}'
 
@@ -3464,26 +2933,21 @@ def test_render_bar_lines_and_long_tunes(tmp_path, metre, bar, pickup):
     assert path.stat().st_size < 40_000
 
 
-def render_contrast(a, b):
-    """Contrast ratio of two colours '#rrggbb' by the WCAG 2 formula."""
-    lights = []
-    for colour in (a, b):
-        rgb = np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)])
-        lights.append((0.2126, 0.7152, 0.0722) @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4))
-    return (max(lights) + 0.05) / (min(lights) + 0.05)
-
-
 def test_render_colours_are_readable_on_both_pages():
+    def light(colour):
+        """Relative luminance of '#rrggbb' by WCAG 2."""
+        rgb = np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+        return (0.2126, 0.7152, 0.0722) @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     styles = render.STYLE.split('@media(prefers-color-scheme:dark)')
     for page, style in zip(('#ffffff', '#0d1117'), styles):
-        colours = re.findall(r'[{;]color:(#\w{6})', style)
-        assert len(colours) == 8 and all(render_contrast(colour, page) > 4.5 for colour in colours)
+        lights = [light(colour) + 0.05 for colour in re.findall(r'[{;]color:(#\w{6})', style)]
+        paper = light(page) + 0.05
+        assert len(lights) == 8 and all(max(paper / ink, ink / paper) > 4.5 for ink in lights)
 
 
 def test_render_terminal_roll():
     notes = [[39, 0, 1], [39, 1, 2], [44, 0.5, 0.75]]
-    rows = render.terminal_roll(notes).split('\n')
-    assert rows == ['F4     ■', 'C4   ■───■───', 'beats 1 to 2 of 2']
+    assert render.terminal_roll(notes) == 'F4     ■\nC4   ■───■───\nbeats 1 to 2 of 2'
     assert render.terminal_roll([]) == 'beats 1 to 0 of 0'
     long = render.terminal_roll([[k % 88, k / 3, k / 3 + 5] for k in range(300)], width=40).split('\n')
     assert max(map(len, long)) <= 40 and long[-1] == 'beats 1 to 8 of 105'
@@ -3515,16 +2979,13 @@ def test_render_loss_chart(tmp_path):
     curves = [render_marks(path, style) for style in ('c0', 'c1')]
     assert [[mark[-3] for mark in curve] for curve in curves] == [[394, 768], [394, 768]]
     assert 34 < curves[0][0][-2] < curves[1][0][-2] < 314
-
-
-def test_render_loss_chart_of_many_runs(tmp_path):
-    render_run(tmp_path / 'one.csv', [20.25])
+    # many runs, some with a single point
     for i in range(30):
-        render_run(tmp_path / f'run{i:02}.csv', [20, 2.5, 2.0])
-    path = render.draw_losses(tmp_path)
-    names = [t for t in ET.parse(path).iter(SVG + 'text') if t.get('class').startswith('c')]
-    assert len(names) == 31 and names[0].text == 'one 20.250'
-    assert float(names[-1].get('y')) < float(ET.parse(path).getroot().get('height'))
+        render_run(tmp_path / f'run{i:02}.csv', [20.25])
+    root = ET.parse(render.draw_losses(tmp_path)).getroot()
+    names = [t for t in root.iter(SVG + 'text') if t.get('class').startswith('c')]
+    assert len(names) == 32 and names[1].text == 'run00 20.250'
+    assert float(names[-1].get('y')) < float(root.get('height'))
 
 
 @pytest.mark.parametrize('low, high', [(0, 1), (0, 4200), (0.4, 0.6), (1.93, 2.7), (0, 0.05), (0, 95000), (5.1, 5.4)])
@@ -3538,28 +2999,24 @@ def test_render_ticks_are_round(low, high):
 # compare.py
 
 # C D E C over C, then B3 F# G, and home to C, over G and C: (key, onset, end), C4 is key 39
-COMPARE_TUNE = [[39, 0, 1], [41, 1, 1.5], [43, 1.5, 2], [39, 2, 4], [15, 0, 4], [19, 0, 4], [22, 0, 4],
-                [38, 4, 5], [45, 5, 5.25], [46, 5.25, 6], [46, 6, 7], [51, 7, 8], [22, 4, 6], [26, 4, 6], [15, 6, 8]]
+COMPARE_TUNE = np.array(
+    [[39, 0, 1], [41, 1, 1.5], [43, 1.5, 2], [39, 2, 4], [15, 0, 4], [19, 0, 4], [22, 0, 4],
+     [38, 4, 5], [45, 5, 5.25], [46, 5.25, 6], [46, 6, 7], [51, 7, 8], [22, 4, 6], [26, 4, 6], [15, 6, 8]])
 
 
-def compare_tune(notes):
-    notes = np.array(notes, dtype=np.float64)
-    return notes[np.lexsort((notes[:, 0], notes[:, 1]))]
+def compare_line(keys):
+    """A melody of notes of a beat, without chords."""
+    return np.array([[key, i, i + 1.0] for i, key in enumerate(keys)])
 
 
-def compare_line(keys, length=1.0):
-    """A melody of notes of one length, without chords."""
-    return compare_tune([[key, i * length, (i + 1) * length] for i, key in enumerate(keys)])
-
-
-def compare_features(notes):
-    """{feature: number} of a tune that copies nothing."""
-    tune = compare.study(notes, data.copy_book([np.zeros(0, dtype=np.int64)]))
-    return {name: float(feature(tune)) for name, feature in compare.FEATURES.items()}
+def compare_features(notes, old=()):
+    """{feature: number} of a tune; old: the training songs that it may copy."""
+    book = data.copy_book([np.zeros(0, dtype=np.int64), *[data.intervals(song, 4) for song in old]])
+    return compare.features(notes, book)
 
 
 def test_compare_features_of_a_small_tune():
-    found = compare_features(compare_tune(COMPARE_TUNE))
+    found = compare_features(COMPARE_TUNE)
     shares = np.array([5, 1, 2, 1, 4, 2]) / 15
     wanted = {
         # all but F#
@@ -3572,12 +3029,16 @@ def test_compare_features_of_a_small_tune():
         'chord changes a beat': 2 / 8, 'chords below': 1, 'polyphony': (8 + 12 + 4 + 2) / 8, 'repeats': 0, 'circles': 0,
         'beats': 8, 'ended': 1, 'copied': 0}
     assert found == pytest.approx({'whole bars': found['whole bars']} | wanted)
+    # bars of four beats, by the chords
+    chords = [[15 + 2 * (i % 2) + k, 4 * i, 4 * i + 4] for i in range(8) for k in (0, 4, 7)]
+    for beats, whole in ((32, True), (33, False)):
+        tune = np.concatenate([chords, compare_line(39 + np.arange(beats) % 8)])
+        assert compare_features(tune)['whole bars'] == whole
 
 
 def test_compare_features_do_not_depend_on_key_or_touch():
-    tune = compare_tune(COMPARE_TUNE)
-    for same in (tune + [3, 0, 0], tune - [0, 0, 1 / 480]):
-        assert compare_features(same) == pytest.approx(compare_features(tune))
+    for same in (COMPARE_TUNE + [3, 0, 0], COMPARE_TUNE - [0, 0, 1 / 480]):
+        assert compare_features(same) == pytest.approx(compare_features(COMPARE_TUNE))
     found = compare_features(np.array([[39, 0, 1]]))
     assert math.isnan(found['interval size']) and math.isnan(found['melody on chord'])
     assert (found['beats'], found['notes in scale'], found['chords below'], found['circles']) == (1, 1, 0, 0)
@@ -3595,14 +3056,14 @@ def test_compare_repeats_and_circles():
         'a twice': (second + first[:4] * 2, 0, 0)}
     for name, (keys, share, circling) in tunes.items():
         found = compare_features(compare_line(keys))
-        assert (round(found['repeats'], 9), found['circles']) == (round(share, 9), circling), name
+        assert (found['repeats'], found['circles']) == (pytest.approx(share), circling), name
     # a long note is none
     assert compare_features(np.array([[39, 0, 11.5]]))['circles'] == 0
 
 
 def test_compare_distance_by_hand():
     for a, b, apart in (([1, 2, 3], [1, 2, 3], 0), ([1, 2], [3, 4, 5], 1), ([1, 2, 3, 4], [0, 1, 2], 0.5),
-                        ([1, 1], [1, 0], 0.5), ([], [1], 1), ([], [], 0)):
+                        ([1, 1], [1, 0], 0.5), ([], [1], 1), ([1], [], 1), ([], [], 0)):
         assert compare.distance(np.array(a), np.array(b)) == apart
 
 
@@ -3612,23 +3073,21 @@ def test_compare_longest_copy():
     new = compare_line(rng.integers(20, 60, 100))
     # a passage of 40 notes, a third higher
     new[30:70, 0] = old[100:140, 0] + 4
-    book = data.copy_book([data.intervals(compare_line(rng.integers(20, 60, 50)), 4), data.intervals(old, 4)])
+    songs = [compare_line(rng.integers(20, 60, 50)), old]
     # from the first of the forty notes to the last
-    assert compare.study(new, book).copied == 39
+    assert compare_features(new, songs)['copied'] == 39
     # at double speed it is another tune, and a copy does not run from one song into the next
-    assert data.longest_copy(data.intervals(new * [1, 0.5, 0.5], 4), book) <= 4
-    halves = data.copy_book([data.intervals(part, 4) for part in (old[:100], old[100:])])
-    assert data.longest_copy(data.intervals(old, 4), halves) == 99 * 4
+    assert compare_features(new * [1, 0.5, 0.5], songs)['copied'] <= 1
+    assert compare_features(old, [old[:100], old[100:]])['copied'] == 99
 
 
 def compare_model(folder, arch, representation):
     """A small untrained model, as train.py would leave it, and music for it."""
     rng = np.random.default_rng(0)
-    for split, songs in (('train', 4), ('valid', 2), ('test', 3)):
+    for split in ('train', 'valid', 'test'):
         (folder / 'music' / split).mkdir(parents=True, exist_ok=True)
-        for i in range(songs):
-            tune = compare_line(rng.integers(39, 51, 16))
-            notation.write_midi(tune, folder / 'music' / split / f'{i}.mid')
+        for i in range(3):
+            notation.write_midi(compare_line(rng.integers(39, 51, 16)), folder / 'music' / split / f'{i}.mid')
     meta = dict(data=str(folder / 'music'), source='music', representation=representation.settings, common_key=False,
                 tempo=120.0)
     torch.manual_seed(0)
@@ -3642,7 +3101,7 @@ def compare_model(folder, arch, representation):
 
 
 def compare_run(monkeypatch, *words):
-    monkeypatch.setattr('sys.argv', ['compare.py', *map(str, words)])
+    monkeypatch.setattr('sys.argv', ['compare.py', '--num_samples=5', '--length=24', *map(str, words)])
     compare.main()
 
 
@@ -3652,8 +3111,7 @@ def test_compare_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / 'lstm.csv').write_text('iter,minutes,valid\n0,0,9.5\n10,1,2.5\n20,2,2.25\n')
     tables = []
     for out in (tmp_path / 'a', tmp_path / 'b'):
-        checkpoints = (tmp_path / 'lstm.pt', tmp_path / 'rwkv.pt')
-        compare_run(monkeypatch, *checkpoints, '--num_samples=5', '--length=24', f'--out={out}')
+        compare_run(monkeypatch, tmp_path / 'lstm.pt', tmp_path / 'rwkv.pt', f'--out={out}')
         printed = capsys.readouterr().out
         assert all(word in printed for word in ('test songs', 'training songs', 'KS lstm', 'rwkv', 'mean distance'))
         rows = list(csv.DictReader(out.with_suffix('.csv').open()))
@@ -3661,22 +3119,19 @@ def test_compare_runs(tmp_path, monkeypatch, capsys):
             '', 'test songs', 'training songs', 'KS training songs', 'lstm', 'KS lstm', 'rwkv', 'KS rwkv']
         # how fast it was is all that may differ
         tables.append([row for row in rows if row[''] != 'frames a second when composing'])
-        root = ET.parse(out.with_suffix('.svg')).getroot()
-        words = ' '.join(text.text or '' for text in root.iter('{http://www.w3.org/2000/svg}text'))
+        words = ' '.join(render_texts(out.with_suffix('.svg')))
         assert all(text in words for text in ('lstm 2.250', 'melody on chord', 'test songs, ', 'rwkv, '))
     assert tables[0] == tables[1]
     assert [row['test songs'] for row in tables[0] if row[''] == 'beats'] == ['16.000']
 
 
 def test_compare_refuses(tmp_path, monkeypatch):
-    out = f'--out={tmp_path}/c'
     for name in ('a', 'b'):
         compare_model(tmp_path / name, 'lstm', data.PianoRoll(2))
     compare_model(tmp_path / 'a', 'rnn', data.AbcText())
-    with pytest.raises(UserError, match='compare them apart'):
-        compare_run(monkeypatch, tmp_path / 'a/lstm.pt', tmp_path / 'b/lstm.pt', '--num_samples=2', '--length=8', out)
-    with pytest.raises(UserError, match='no tune that can be read'):
-        compare_run(monkeypatch, tmp_path / 'a/rnn.pt', '--num_samples=2', '--length=8', out)
+    for models, message in ((('a/lstm.pt', 'b/lstm.pt'), 'compare them apart'), (('a/rnn.pt',), 'no tune that can be')):
+        with pytest.raises(UserError, match=message):
+            compare_run(monkeypatch, *[tmp_path / path for path in models], f'--out={tmp_path}/c')
 
 
 if __name__ == '__main__':

@@ -41,8 +41,9 @@ from notation import is_alive
 from notation import read_bytes
 from notation import write_whole
 
-VALIDATIONS = 20        # in a run ...
-SHARE = 0.05            # ... but no more of its time than this
+# validations in a run; each reads as many frames as EVAL_STEPS steps do, and costs about half as much as these
+VALIDATIONS = 20
+EVAL_STEPS = 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,8 +57,9 @@ def parse_args(words=None):
         ('representation', 'piano_roll', dict(choices=tuple(data.REPRESENTATIONS)), 'what a frame is'),
         ('steps_per_beat', None, number(int, 1, 96), 'steps to a quarter note (default: 4; for events 12)'),
         ('onsets', True, FLAG, 'frames of a piano_roll tell struck keys from held ones'),
-        ('common_key', False, FLAG, 'move every tune to C major or A minor'),
-        ('transpose', 6, number(int, 0, 87), 'each window is moved at random, this many semitones either way at most'))
+        ('common_key', None, FLAG, 'move every tune to C major or A minor (default: where all files tell their key)'),
+        ('transpose', None, number(int, 0, 87),
+         'each window is moved at random, this many semitones either way at most (default: 6; in a common key 0)'))
     add_options(
         parser, 'model',
         ('arch', 'rwkv', dict(choices=tuple(models.ARCHITECTURES)), 'the architecture'),
@@ -279,8 +281,8 @@ class Run:
     numbers from the seed and its own number."""
     step: int = 0
     seconds: float = 0.0                            # of training so far
-    validating: float = 0.0                         # of these, spent on validation
-    validated: int = 0                              # how many twentieths of the run have been validated
+    validated: int = 0                              # how many twentieths of the run have been validated ...
+    validated_at: int = 0                           # ... and the step of the latest validation
     best: float = math.inf                          # lowest validation loss ...
     weights: dict = field(default_factory=dict)     # ... and the weights that had it
     rows: list = field(default_factory=list)        # of the table <arch>.csv
@@ -301,22 +303,15 @@ def progress(run, args):
     return min(1.0, max(by_steps, by_clock)) if run.step else 0.0
 
 
-def validation_frames(args):
-    """How many frames a validation reads at most, on the way: what six steps do."""
-    return 6 * args.batch_size * args.block_size
-
-
 def is_due(run, args):
-    """Is it time to validate? At the start and the end, and after every --eval_interval steps or twentieth of the run.
-    A frame of validation takes about half the time of one of training: six steps' frames are 5 % of 60 steps."""
+    """Is it time to validate? At the start and the end, and after every --eval_interval steps or twentieth of the run,
+    but not so often that it would take more than a twentieth of the time."""
     done = progress(run, args)
     if done in (0, 1):
         return True
     if args.eval_interval:
         return run.step % args.eval_interval == 0
-    if args.max_iters:
-        return run.step % max(args.max_iters // VALIDATIONS, 60) == 0
-    return done * VALIDATIONS >= run.validated + 1 and run.validating <= SHARE * run.seconds
+    return done * VALIDATIONS >= run.validated + 1 and run.step - run.validated_at >= 10 * EVAL_STEPS
 
 
 def save_rows(path, rows):
@@ -415,6 +410,9 @@ def set_up(args):
     dataset = data.load(args.data, make_representation(args), args.common_key, say)
     if world > 1 and not rank:
         dist.barrier()
+    args.common_key = dataset.common_key
+    if args.transpose is None:
+        args.transpose = 0 if dataset.common_key else 6
     dataset.batch('train', 1, args.block_size, 0, np.random.default_rng())     # complains if there is too little music
     model = models.Model(make_config(args, dataset.representation, device)).to(device)
     try:
@@ -423,7 +421,8 @@ def set_up(args):
         raise UserError(f'cannot make the folder --out_dir={args.out_dir} ({e.strerror}): choose another') from None
     files = [args.out_dir / f'{args.arch}{suffix}' for suffix in ('.pt', '.last.pt', '.csv', '.pid')]
     meta = dict(data=args.data, source=dataset.source, representation=dataset.representation.settings,
-                common_key=args.common_key, tempo=float(np.median([song.tempo for song in dataset.songs['train']])))
+                common_key=dataset.common_key, sharps=dataset.sharps,
+                tempo=float(np.median([song.tempo for song in dataset.songs['train']])))
     return Setup(args, device, dataset, model, make_optimizers(model, args), meta, *files)
 
 
@@ -473,11 +472,11 @@ def validate(setup, run, done):
     """Validates on a sample of the songs, and keeps the model if it is the best so far."""
     if run.step:
         save_last(setup, run)       # before validating: a run that goes on from here validates first of all
-    began = time.perf_counter()
+    frames = EVAL_STEPS * setup.args.batch_size * setup.args.block_size
     with mixed_precision(setup):
-        valid = evaluate(setup.model, setup.dataset, 'valid', validation_frames(setup.args)).frame
-    run.validating += time.perf_counter() - began
+        valid = evaluate(setup.model, setup.dataset, 'valid', frames).frame
     run.validated = int(done * VALIDATIONS)
+    run.validated_at = run.step
     run.rows.append(dict(iter=run.step, minutes=round(run.seconds / 60, 3), valid=round(valid, 5)))
     say(f'step {run.step}: valid {valid:.4f} nats/frame')
     better = run.step and not valid >= run.best     # an untrained model replaces no checkpoint of an earlier run
