@@ -324,8 +324,8 @@ class Windows(NamedTuple):
 
 
 class Dataset:
-    """Songs in three splits, as frames. source: what music this is, in a line; songs: {'train': [Song], ..}; common_key:
-    were they moved to C major or A minor? sharps: the key signature that most of them had before, None if not told."""
+    """Songs in three splits, as frames. source: what music this is, in a line; songs: {'train': [Song], ..};
+    common_key: were they moved to C major or A minor? sharps: the key signature that most of them had before."""
 
     def __init__(self, songs, source, representation, common_key=False, sharps=None):
         self.songs = songs

@@ -1005,6 +1005,34 @@ def test_data_load_one_file_and_options(tmp_path, capsys):
     assert '2 songs end in silence, 7 beats' in lines[-1] and capsys.readouterr().err == ''
 
 
+def test_data_load_common_key_where_all_files_tell_theirs(tmp_path):
+    for i, sharps in enumerate((1, 1, 0)):
+        notation.write_midi(np.array([[40, 0, 1], [47, 1, 2]]), tmp_path / f'{i}.mid', sharps=sharps)
+
+    def lowest(*options):
+        dataset = data.load(tmp_path, *options)
+        assert dataset.sharps == 1
+        return dataset.common_key, sorted(song.notes[0, 0] for songs in dataset.songs.values() for song in songs)
+
+    assert lowest() == lowest(data.Events()) == (True, [40, 45, 45])
+    assert lowest(None, False) == lowest(data.AbcText()) == (False, [40, 40, 40])
+    train_args = train.parse_args([f'--data={tmp_path}', '--block_size=4', f'--out_dir={tmp_path}/out'])
+    assert train.set_up(train_args).args.transpose == 0
+    notation.write_midi(np.array([[40, 0, 1]]), tmp_path / 'untold.mid')
+    assert lowest() == (False, [40, 40, 40, 40])
+    train_args.transpose = train_args.common_key = None
+    assert train.set_up(train_args).args.transpose == 6
+
+
+def test_data_load_tells_what_has_no_place_in_abc_text(tmp_path):
+    # a bass note, then the chord above it
+    rows = np.array(rows_of('36,72:0-1 48,52,55,72:1-2')) - [21, 0, 0]
+    notation.write_midi(rows, tmp_path / 'a.mid')
+    lines = []
+    data.load(tmp_path / 'a.mid', data.AbcText(), log=lines.append)
+    assert lines[-1].startswith('1 notes have no place in ABC text'), lines
+
+
 def test_data_load_skips_and_names_what_is_corrupt(tmp_path, capfd):
     names = ['1.mid', '2.mid', os.fsdecode(b'\xe9t\xe9.mid'), '.hidden.mid', '__MACOSX/x.mid', '.git/a.mid']
     path = data_folder(tmp_path / 'a', names)
@@ -1097,7 +1125,13 @@ def test_data_load_many_files_are_read_by_other_processes(tmp_path, monkeypatch,
     assert data_same(here, there) and here.source == there.source and capsys.readouterr().err.count('bad.mid') == 2
 
 
+class PickledCode:
+    def __reduce__(self):
+        return os.mkdir, ('it_ran_code',)
+
+
 def test_data_npz_holds_what_was_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     path = data_folder(tmp_path / 'music', ['train/1.mid', 'valid/2.mid', 'test/3.mid', os.fsdecode(b'train/\xe9.mid')])
     (path / 'bad.mid').write_bytes(b'MThd')
     tunes = 'X:1\nT:One\nM:6/8\nQ:1/4=90\nK:Gm\nG|B2G D2G|\n\nX:2\nT:Two\nK:C\nC,,,,D2\n\nX:3\nK:C\n'
@@ -1113,12 +1147,13 @@ def test_data_npz_holds_what_was_read(tmp_path, monkeypatch, capsys):
     assert data_same(one, two) and f'{out} (6 songs)' in two.source and lines[:2] == lines[2:]
     assert skipped == capsys.readouterr().err and skipped.count('\n') == 2
     content = out.read_bytes()
-    np.savez(out, table=np.array([{}], dtype=object), notes=np.zeros((1, 3)))
+    np.savez(out, table=np.array([PickledCode()]), notes=np.zeros((1, 3)))
     flipped = content[:200] + bytes([content[200] ^ 1]) + content[201:]
     for wrong in (content[:-1], flipped, bytes(len(content)), out.read_bytes()):
         out.write_bytes(wrong)
         with pytest.raises(data.UserError, match='music.npz is not what python data.py'):
             data.load(out)
+    assert not os.path.exists('it_ran_code')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1220,9 +1255,10 @@ WKV_DEVICES = ['cpu'] + ['cuda'] * torch.cuda.is_available()
 
 @pytest.fixture(params=WKV_DEVICES)
 def wkv_device(request):
-    """A device with its kernel."""
-    if not wkv.has_kernel(torch.device(request.param)):
-        pytest.skip(wkv.describe(request.param))
+    """A device with its kernel: where there is a compiler, it has to work."""
+    if not shutil.which(dict(cpu='c++', cuda='nvcc')[request.param]):
+        pytest.skip('no compiler')
+    assert wkv.has_kernel(torch.device(request.param)), wkv.describe(request.param)
     return request.param
 
 
@@ -1994,11 +2030,6 @@ def test_model_sizes_are_within_5_percent(grid):
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py: checkpoints
 
-class ModelPickledCode:
-    def __reduce__(self):
-        return os.mkdir, ('it_ran_code',)
-
-
 @model_each_arch_and_kind
 def test_model_checkpoint_round_trip(tmp_path, arch, kind):
     model = model_random(arch, kind, torch.float32)
@@ -2024,7 +2055,7 @@ def test_model_checkpoint_round_trip(tmp_path, arch, kind):
     lambda c: c['model'].update({'emb.bias': 'x'}),
     lambda c: c['model'].update({'emb.bias': torch.zeros(8, dtype=torch.int64)}),
     lambda c: c['model']['emb.bias'].fill_(math.nan),
-    lambda c: c.update(meta=ModelPickledCode())])
+    lambda c: c.update(meta=PickledCode())])
 def test_model_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
     models.save_checkpoint('bad.pt', model_random('rwkv', 'chord', torch.float32))
@@ -2057,7 +2088,7 @@ def test_model_checkpoint_that_is_damaged_or_missing(tmp_path, monkeypatch):
         except models.UserError:
             refused += 1
     assert refused > 20
-    for wrong in (b'', b'text\n', bytes(5000), content[:30], content[:-100], pickle.dumps(ModelPickledCode(), 2)):
+    for wrong in (b'', b'text\n', bytes(5000), content[:30], content[:-100], pickle.dumps(PickledCode(), 2)):
         path.write_bytes(wrong)
         model_assert_refused()
     for path in (tmp_path, tmp_path / 'missing.pt'):
