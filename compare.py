@@ -292,7 +292,7 @@ def parse_args():
     data.add_options(
         parser, 'composing',
         ('num_samples', 100, number(int, 1, 1000), 'tunes of each model, composed side by side'),
-        ('length', 256.0, number(float, 1, 10_000), 'beats at most'),
+        ('length', 256.0, number(float, 1, 8000), 'beats at most'),
         ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer'),
         ('top_p', 0.98, number(float, 0.01, 1), 'nucleus: choose among the likeliest that hold so much probability'),
         ('seed', 1, number(int, 0, 2 ** 63 - 1), 'the same seed gives the same tunes'),

@@ -30,6 +30,7 @@ from notation import UserError
 METRES = ('2/4', '3/4', '4/4', '6/8', '9/8')
 SUFFIXES = ('.mid', '.abc', '.wav', '.svg')
 ROUNDS = 8              # how often more tunes are composed for those that --metre asks for
+HEARD = 1000            # beats of a tune by which it is ranked
 
 
 def key_signature(text):
@@ -168,7 +169,7 @@ def points(tunes, book):
     """[(notes, did it end by itself?)] to (tunes, features); what a tune has nothing of counts as 0."""
     rows = []
     for notes, ended in tunes:
-        found = compare.features(notes, book, ended)
+        found = compare.features(notes[notes[:, 1] < HEARD], book, ended)
         del found['copied']         # a training song is a copy of itself
         rows.append(list(found.values()))
     return np.nan_to_num(np.array(rows, dtype=float))
