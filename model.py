@@ -384,13 +384,14 @@ class Lookback(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, V, W = config.n_embd, config.n_units, config.lookback
+        C = config.n_embd
+        W = config.lookback
         self.W = W
         self.run = nn.Linear(W, C, bias=False)
         self.ln = nn.LayerNorm(C)
         self.lag = nn.Linear(C, W + 1)
         self.trust = nn.Parameter(torch.ones(W))
-        self.recall = nn.Linear(V, C, bias=False)
+        self.recall = nn.Linear(config.n_units, C, bias=False)
         # at first the runs alone decide on a lag, and nothing is recalled
         nn.init.zeros_(self.lag.weight)
         nn.init.zeros_(self.recall.weight)
@@ -446,8 +447,8 @@ def choose(logits, temperature, top_p, generator):
     return torch.multinomial(p, 1, generator=generator).squeeze(-1)
 
 
-class SoftmaxHead(nn.Module):
-    """For frames with one unit: p(unit) = softmax(W h + b), as in a language model."""
+class LinearHead(nn.Module):
+    """A logit for each unit by one matrix, (B, T, C) -> (B, T, V): what the next two heads have in common."""
 
     def __init__(self, config):
         super().__init__()
@@ -455,6 +456,10 @@ class SoftmaxHead(nn.Module):
 
     def forward(self, h):
         return self.out(h)
+
+
+class SoftmaxHead(LinearHead):
+    """For frames with one unit: p(unit) = softmax(W h + b), as in a language model."""
 
     def nll(self, logits, frames):
         loss = F.cross_entropy(logits.flatten(0, -2).float(), frames.argmax(-1).flatten(), reduction='none')
@@ -468,15 +473,8 @@ class SoftmaxHead(nn.Module):
         return F.one_hot(unit, logits.shape[-1]).to(torch.uint8)
 
 
-class BernoulliHead(nn.Module):
+class BernoulliHead(LinearHead):
     """Each unit on its own: p(frame) = prod_v sigmoid(logit_v)^frame_v (1 - sigmoid(logit_v))^(1 - frame_v)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.out = nn.Linear(config.n_embd, config.n_units)
-
-    def forward(self, h):
-        return self.out(h)
 
     def nll(self, logits, frames):
         loss = F.binary_cross_entropy_with_logits(logits.float(), frames.float(), reduction='none')
@@ -505,7 +503,8 @@ class ChordHead(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, V = config.n_embd, config.n_units
+        C = config.n_embd
+        V = config.n_units
         self.hidden = nn.Linear(C, C)
         self.chosen = nn.Linear(V, C, bias=False)
         self.out = nn.Linear(C, V + 1)
@@ -542,7 +541,8 @@ class ChordHead(nn.Module):
         return nats.view(shape)
 
     def sample(self, hidden, temperature=1.0, top_p=1.0, generator=None, may_end=True):
-        B, V = len(hidden), self.chosen.in_features
+        B = len(hidden)
+        V = self.chosen.in_features
         frame = torch.zeros(B, V + 1, dtype=torch.uint8, device=hidden.device)
         last = torch.full((B,), -1, device=hidden.device)
         columns = F.pad(self.chosen.weight, (0, 1)).T   # what a chosen unit adds; "done" adds nothing
@@ -592,7 +592,8 @@ class Model(nn.Module):
     def start(self, frames, past=None, age=None, time=None):
         """The State before frames (B, T, V): at the start of a tune, or within one, if past (B, W, V) are the frames
         before, the last of them age (B,) frames and time (B,) steps after the boundary. Runs are counted anew."""
-        B, W = len(frames), self.config.lookback
+        B = len(frames)
+        W = self.config.lookback
         zero = torch.zeros(B, dtype=torch.long, device=frames.device)
         if past is None:
             past = frames.new_zeros(B, W, frames.shape[2])
@@ -663,7 +664,7 @@ class Model(nn.Module):
         """Continues prompts, all B at once: (B, P, V) frames, P >= 1 -> list of B tensors (T_i, V) uint8 with what
         comes after. A row ends with length frames, or where the model draws the boundary, from at_least on."""
         self.eval()
-        B, V = len(prompt), prompt.shape[2]
+        B, _, V = prompt.shape
         state = None
         for piece in prompt.split(max(1, 4096 // B), dim=1):        # looking back takes memory for each frame
             out, state = self(piece, state)

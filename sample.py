@@ -130,7 +130,10 @@ def candidates(model, representation, opening, args, generator):
     """Composes until there are enough tunes, --best_of for each that is written, in the metre that is asked for."""
     wanted = args.num_samples * args.best_of
     start = time.perf_counter()
-    found, made, readable, frames = [], 0, 0, 0
+    found = []
+    made = 0
+    readable = 0
+    frames = 0
     for _ in range(ROUNDS if args.metre else 1):
         tunes, count = compose(model, representation, opening, args, wanted, generator)
         made += wanted
@@ -204,7 +207,8 @@ def write(song, name, tempo, prompt_beats):
     notation.write_midi(song.notes, f'{name}.mid', tempo, name.name, **signature)
     text, simplified = notation.write_abc(song.notes, name.name, tempo, **signature)
     if song.text:           # it was composed as text, with repeats and all
-        text, simplified = f'X:1\nT:{name.name}\nQ:1/4={tempo:g}\n{song.text}', 0
+        text = f'X:1\nT:{name.name}\nQ:1/4={tempo:g}\n{song.text}'
+        simplified = 0
     notation.write_whole(f'{name}.abc', text.encode())
     render.write_svg(song.notes, f'{name}.svg', song.metre, song.pickup, prompt_beats, name.name)
     sound = song.notes[:, 2].max() * 60 / tempo <= render.LONGEST

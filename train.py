@@ -259,7 +259,8 @@ def evaluate(model, dataset, split, most=math.inf, batch_size=16):
     every = math.ceil(dataset.lengths(split).sum() / most)
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     for x, lengths, beats in islice(dataset.whole_songs(split, batch_size, every), rank, None, world):
-        x, lengths = x.to(device), lengths.to(device).unsqueeze(1)
+        x = x.to(device)
+        lengths = lengths.to(device).unsqueeze(1)
         nats = model.nats(x).double()                               # of frame 1, .., frame T and the boundary
         t = torch.arange(1, x.shape[1], device=device)
         counted = (t >= 2) & (t <= lengths)                         # frame 1 has no past; past T is padding
@@ -438,12 +439,15 @@ def claim(path):
 
 def describe(setup):
     """What is about to happen, in a few lines."""
-    args, dataset, config = setup.args, setup.dataset, setup.model.config
+    args = setup.args
+    dataset = setup.dataset
+    config = setup.model.config
     processes = f', {ranks()[1]} processes' * (ranks()[1] > 1)
     say(f'device: {setup.device}, {torch.get_num_threads()} threads, {args.dtype} matrix products{processes}')
     if args.arch == 'rwkv':
         say(wkv.describe(setup.device))
-    say(f'data: {dataset.source}, as {args.representation} of {config.n_units} units')
+    moved = ', in C major or A minor' * dataset.common_key
+    say(f'data: {dataset.source}, as {args.representation} of {config.n_units} units{moved}')
     for split in data.SPLITS:
         lengths = dataset.lengths(split)
         say(f'  {split}: {len(lengths):,} songs, {lengths.sum():,} frames, {dataset.beats[split].sum():,.0f} beats')
