@@ -31,12 +31,11 @@ TRAINING = 200
 # ---------------------------------------------------------------------------------------------------------------------
 # The features of a tune. Notes are (N, 3) as in notation.py, steps (S,) a number for what is struck and held in each
 
-def features(notes, book, ended=True):
+def features(notes, ended=True):
     """{feature: number} of a tune, nan where it has none of what is measured. Lengths are in beats, intervals in
     semitones. Key and metre are guessed from the notes, of real songs too, so that all are measured alike.
 
-    book: data.copy_book of training songs; ended: did the model itself end it?"""
-    copied = data.longest_copy(data.intervals(notes, GRID), book) / GRID
+    ended: did the model itself end it?"""
     # to twelfths of a beat, since players let go of a note a little early
     notes = data.quantise(notes, 12) / [1, 12, 12]
     is_melody = notation.is_melody(notes)
@@ -81,8 +80,17 @@ def features(notes, book, ended=True):
         'beats': beats,
         'whole bars': after_bar_line < 0.02,
         'ended': ended,
-        'copied': copied,
     }
+
+
+def copied(notes, book):
+    """Beats of the longest stretch of a tune that stands in the book, too: data.copy_book of training songs."""
+    return data.longest_copy(data.intervals(notes, GRID), book) / GRID
+
+
+def all_features(notes, book, ended=True):
+    """The features of a tune, how much of it is copied among them."""
+    return features(notes, ended) | {'copied': copied(notes, book)}
 
 
 def mean(values):
@@ -167,12 +175,12 @@ def read_real(dataset, split):
     training = [song.notes for song in dataset.songs['train']]
     strikes = [data.intervals(notes, GRID) for notes in training]
     book = data.copy_book(strikes)
-    real = make_column(f'{split} songs', [features(notes, book) for notes in songs], songs[len(songs) // 2])
+    real = make_column(f'{split} songs', [all_features(notes, book) for notes in songs], songs[len(songs) // 2])
     tunes = []
     for i in range(0, len(training), math.ceil(len(training) / TRAINING)):
         # a song is no copy of itself
         others = data.copy_book([*strikes[:i], strikes[i][:0], *strikes[i + 1:]])
-        tunes.append(features(training[i], others))
+        tunes.append(all_features(training[i], others))
     return real, make_column('training songs', tunes, training[0], real), book
 
 
@@ -218,7 +226,7 @@ def model_column(name, model, dataset, real, book, args):
     facts['tunes that can be read'] = f'{len(composed)} of {args.num_samples}'
     facts['nats a frame of its median tune'] = f'{nats:.3f}'
     train.say(f'{name}: measuring the tunes', passing=True)
-    tunes = [features(notes, book, ended) for notes, _, ended in composed]
+    tunes = [all_features(notes, book, ended) for notes, _, ended in composed]
     return make_column(name, tunes, median, real, facts)
 
 

@@ -80,7 +80,8 @@ def moved(song, semitones):
 
 class Representation:
     """What the three have in common. Each has V, encode, decode, transpose, steps, and `settings` to build it."""
-    is_text = False
+    movable = True      # to another key, as it is
+    left_out = 0        # notes of all songs so far for which there is no place in the frames
 
     def to_song(self, frames):
         """Frames (T, V) to a Song. Raises UserError if they are no music."""
@@ -235,8 +236,7 @@ def read_header(path):
 class AbcText(Representation):
     """A frame is one character of a tune's ABC text: newline or printable ASCII. A tune from an .abc file is its own
     text, K, M, L and the music; one from MIDI is written down first."""
-    is_text = True
-    left_out = 0        # notes of all songs so far for which there is no place in ABC text
+    movable = False     # a text keeps the key in which it is written
     CHARACTERS = '\n' + ''.join(map(chr, range(32, 127)))
 
     def __init__(self):
@@ -454,13 +454,13 @@ def load(data='nottingham', representation=None, common_key=None, log=print):
     tell_what_is_left_out([song for _, song in songs], log)
     keys = [song.sharps for _, song in songs]
     if common_key is None:
-        common_key = None not in keys and not representation.is_text
+        common_key = None not in keys and representation.movable
     if common_key:
         songs = [(file, moved(song, common_key_shift(song))) for file, song in songs]
     splits = split_songs(songs, log)
     source = f'{source} ({len(songs):,} songs)'
     dataset = Dataset(splits, source, representation, common_key, statistics.mode(keys))
-    if representation.is_text and representation.left_out:
+    if representation.left_out:
         log(f'{representation.left_out:,} notes have no place in ABC text (a bass below chords) and are left out')
     return dataset
 

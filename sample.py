@@ -85,7 +85,7 @@ def output_names(args):
 
 
 class Tune(NamedTuple):
-    """A composed tune, and what it is judged by."""
+    """A composed tune, and what is known of it."""
     song: Song              # with the prompt
     nats: float             # nats a frame of the part that was composed
     ended: bool             # by the model itself
@@ -156,25 +156,23 @@ def candidates(model, representation, opening, args, generator):
     return found
 
 
-def best(tunes, songs, book, count):
+def best(tunes, songs, count):
     """The count best tunes, the best first: those that are most like a training song. A tune is a point, its features
     (see compare.py) in units of their spread among the songs; it is as good as the nearest song is near."""
     if len(tunes) <= count or not songs:
         return sorted(tunes, key=lambda tune: not tune.ended)[:count]
-    real = points([(song.notes, True) for song in songs], book)
-    composed = points([(tune.song.notes, tune.ended) for tune in tunes], book)
+    real = points([(song.notes, True) for song in songs])
+    composed = points([(tune.song.notes, tune.ended) for tune in tunes])
     apart = np.abs(composed[:, None] - real) / (real.std(0) + 1e-3)     # (tunes, songs, features)
     nearest = apart.mean(2).min(1)
     return [tunes[i] for i in np.argsort(nearest, kind='stable')[:count]]
 
 
-def points(tunes, book):
+def points(tunes):
     """[(notes, did it end by itself?)] to (tunes, features); what a tune has nothing of counts as 0."""
     rows = []
     for notes, ended in tunes:
-        found = compare.features(notes[notes[:, 1] < HEARD], book, ended)
-        del found['copied']         # a training song is a copy of itself
-        rows.append(list(found.values()))
+        rows.append(list(compare.features(notes[notes[:, 1] < HEARD], ended).values()))
     return np.nan_to_num(np.array(rows, dtype=float))
 
 
@@ -265,13 +263,12 @@ def main():
     songs = training_songs(meta)
     book = data.copy_book([data.intervals(song.notes, compare.GRID) for song in songs])
     every = math.ceil(len(songs) / compare.TRAINING) or 1
-    for name, tune in zip(names, best(tunes, songs[::every], book, args.num_samples)):
+    for name, tune in zip(names, best(tunes, songs[::every], args.num_samples)):
         song = finished(tune.song, opening, args, moved, meta)
         line = write(song, name, tempo, prompt_beats)
         line += f', {tune.nats:.3f} nats/frame, {len(song.notes)} notes, {song.notes[:, 2].max(initial=0):g} beats'
         if songs:
-            copied = data.longest_copy(data.intervals(song.notes, compare.GRID), book) / compare.GRID
-            line += f', at most {copied:g} beats in a row copied'
+            line += f', at most {compare.copied(song.notes, book):g} beats in a row copied'
         print(line)
         if name == names[0]:
             print(render.terminal_roll(song.notes))

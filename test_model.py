@@ -3044,7 +3044,7 @@ def compare_line(keys):
 def compare_features(notes, old=()):
     """{feature: number} of a tune; old: the training songs that it may copy."""
     book = data.copy_book([np.zeros(0, dtype=np.int64), *[data.intervals(song, 4) for song in old]])
-    return compare.features(notes, book)
+    return compare.all_features(notes, book)
 
 
 def test_compare_features_of_a_small_tune():
