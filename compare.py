@@ -25,8 +25,17 @@ from notation import UserError
 
 # steps a beat on which tunes are compared step by step
 GRID = 4
-# training songs that stand beside
+# training songs that stand beside, and that tunes are ranked by
 TRAINING = 200
+# beats of a tune by which it is ranked
+HEARD = 1000
+# the options of sample.py, too
+COMPOSING = (
+    ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
+    ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune'),
+    ('temperature', 0.95, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer'),
+    ('top_p', None, number(float, 0.01, 1),
+     'nucleus: choose among the likeliest that hold so much probability (default: 1, which is all; for ABC text 0.98)'))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The features of a tune. Notes are (N, 3) as in notation.py, steps (S,) a number for what is struck and held in each
@@ -136,6 +145,66 @@ def circles(steps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Composed tunes
+
+class Tune(NamedTuple):
+    """A composed tune, and what is known of it."""
+    song: Song              # with the opening
+    nats: float             # nats a frame of the part that was composed
+    ended: bool             # by the model itself
+
+
+def compose(model, representation, opening, count, args, generator):
+    """Goes on from an opening, frames (T, V) after the boundary, count times side by side: a list of Tunes, and how
+    many frames were composed in all. What the representation cannot read, ABC that is not valid for one, is left out.
+    args has length, min_length (beats), temperature and top_p."""
+    steps = representation.frames_per_beat
+    length = math.ceil(args.length * steps)
+    boundary = np.zeros((1, representation.V), np.uint8)
+    boundary[0, -1] = 1
+    prompt = torch.from_numpy(np.concatenate((boundary, opening))).to(next(model.parameters()).device)
+    top_p = args.top_p or representation.top_p
+    composed = model.compose(prompt.expand(count, -1, -1), length, args.temperature, top_p, generator,
+                             at_least=math.ceil(args.min_length * steps))
+    tunes = []
+    for frames in composed:
+        try:
+            song = representation.to_song(np.concatenate((opening, frames.cpu().numpy())))
+        except UserError:
+            continue
+        if len(frames) and len(song.notes):
+            # the model's own opinion of it, from the first frame after the opening
+            nats = model.nats(torch.cat((prompt, frames)).unsqueeze(0))[:, len(prompt) - 1:].double().mean().item()
+            tunes.append(Tune(song, nats, len(frames) < length))
+    return tunes, sum(map(len, composed))
+
+
+def best(tunes, songs, count):
+    """The count best Tunes, the best first: those that are most like a training song. A tune is a point, its features
+    in units of their spread among the songs; it is as good as the nearest song is near."""
+    if len(tunes) <= count or not songs:
+        return sorted(tunes, key=lambda tune: not tune.ended)[:count]
+    real = points([(song.notes, True) for song in some(songs)])
+    composed = points([(tune.song.notes, tune.ended) for tune in tunes])
+    apart = np.abs(composed[:, None] - real) / (real.std(0) + 1e-3)     # (tunes, songs, features)
+    nearest = apart.mean(2).min(1)
+    return [tunes[i] for i in np.argsort(nearest, kind='stable')[:count]]
+
+
+def points(tunes):
+    """[(notes, did it end by itself?)] to (tunes, features); what a tune has nothing of counts as 0."""
+    rows = []
+    for notes, ended in tunes:
+        rows.append(list(features(notes[notes[:, 1] < HEARD], ended).values()))
+    return np.nan_to_num(np.array(rows, dtype=float))
+
+
+def some(songs):
+    """TRAINING songs at most, from all over a list."""
+    return songs[::math.ceil(len(songs) / TRAINING) or 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Many tunes
 
 class Column(NamedTuple):
@@ -177,36 +246,11 @@ def read_real(dataset, split):
     book = data.copy_book(strikes)
     real = make_column(f'{split} songs', [all_features(notes, book) for notes in songs], songs[len(songs) // 2])
     tunes = []
-    for i in range(0, len(training), math.ceil(len(training) / TRAINING)):
+    for i in some(range(len(training))):
         # a song is no copy of itself
         others = data.copy_book([*strikes[:i], strikes[i][:0], *strikes[i + 1:]])
         tunes.append(all_features(training[i], others))
     return real, make_column('training songs', tunes, training[0], real), book
-
-
-def compose(model, representation, args):
-    """Tunes composed unaided: [(notes (N, 3), the model's nats a frame, did it end by itself?)] in the order of their
-    nats; and frames a second. ABC text that cannot be read is left out."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(args.seed)
-    boundary = torch.eye(representation.V, dtype=torch.uint8, device=device)[-1:]
-    prompt = boundary.expand(args.num_samples, 1, -1)
-    length = math.ceil(args.length * representation.frames_per_beat)
-    # beats, as in sample.py
-    at_least = 16 * representation.frames_per_beat
-    began = time.perf_counter()
-    composed = model.compose(prompt, length, args.temperature, args.top_p, generator, at_least)
-    speed = sum(map(len, composed)) / (time.perf_counter() - began)
-    tunes = []
-    for frames in composed:
-        try:
-            notes = representation.to_song(frames.cpu().numpy()).notes
-        except UserError:
-            continue
-        if len(notes):
-            nats = model.nats(torch.cat([boundary, frames]).unsqueeze(0)).mean().item()
-            tunes.append((notes, nats, len(frames) < length))
-    return sorted(tunes, key=lambda tune: tune[1]), speed
 
 
 def model_column(name, model, dataset, real, book, args):
@@ -217,17 +261,25 @@ def model_column(name, model, dataset, real, book, args):
         score = train.evaluate(model, dataset, split)
         facts[f'{split} nats a frame'] = f'{score.frame:.3f}'
         facts[f'{split} nats a beat'] = f'{score.beat:.3f}'
-    train.say(f'{name}: composing {args.num_samples} tunes', passing=True)
-    composed, speed = compose(model, dataset.representation, args)
+    count = args.num_samples * args.best_of
+    train.say(f'{name}: composing {count} tunes', passing=True)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    representation = dataset.representation
+    began = time.perf_counter()
+    composed, frames = compose(model, representation, np.zeros((0, representation.V), np.uint8), count, args, generator)
+    facts['frames a second when composing'] = f'{frames / (time.perf_counter() - began):.0f}'
+    facts['tunes that can be read'] = f'{len(composed)} of {count}'
     if not composed:
         raise UserError(f'{name} composed no tune that can be read: train it for longer')
-    median, nats, _ = composed[len(composed) // 2]
-    facts['frames a second when composing'] = f'{speed:.0f}'
-    facts['tunes that can be read'] = f'{len(composed)} of {args.num_samples}'
-    facts['nats a frame of its median tune'] = f'{nats:.3f}'
     train.say(f'{name}: measuring the tunes', passing=True)
-    tunes = [all_features(notes, book, ended) for notes, _, ended in composed]
-    return make_column(name, tunes, median, real, facts)
+    tunes = []
+    for i in range(0, len(composed), args.best_of):
+        tunes += best(composed[i:i + args.best_of], dataset.songs['train'], 1)
+    tunes.sort(key=lambda tune: tune.nats)
+    median = tunes[len(tunes) // 2]
+    facts['nats a frame of its median tune'] = f'{median.nats:.3f}'
+    measured = [all_features(tune.song.notes, book, tune.ended) for tune in tunes]
+    return make_column(name, measured, median.song.notes, real, facts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,9 +352,8 @@ def parse_args():
     data.add_options(
         parser, 'composing',
         ('num_samples', 100, number(int, 1, 1000), 'tunes of each model, composed side by side'),
-        ('length', 256.0, number(float, 1, 8000), 'beats at most'),
-        ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer'),
-        ('top_p', 0.98, number(float, 0.01, 1), 'nucleus: choose among the likeliest that hold so much probability'),
+        ('best_of', 1, number(int, 1, 100), 'each is the best of so many (as in sample.py; there 8)'),
+        *COMPOSING,
         ('seed', 1, number(int, 0, 2 ** 63 - 1), 'the same seed gives the same tunes'),
         ('device', 'cpu', str, 'cpu, cuda, ...'))
     data.add_options(

@@ -81,6 +81,7 @@ def moved(song, semitones):
 class Representation:
     """What the three have in common. Each has V, encode, decode, transpose, steps, and `settings` to build it."""
     movable = True      # to another key, as it is
+    top_p = 1.0         # in composing, unless a person asks for another
     left_out = 0        # notes of all songs so far for which there is no place in the frames
 
     def to_song(self, frames):
@@ -237,6 +238,7 @@ class AbcText(Representation):
     """A frame is one character of a tune's ABC text: newline or printable ASCII. A tune from an .abc file is its own
     text, K, M, L and the music; one from MIDI is written down first."""
     movable = False     # a text keeps the key in which it is written
+    top_p = 0.98        # one unlikely character can make a text unreadable
     CHARACTERS = '\n' + ''.join(map(chr, range(32, 127)))
 
     def __init__(self):

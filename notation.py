@@ -202,11 +202,16 @@ def estimate_key(notes):
     return (7 * (root + 3 * minor) + 5) % 12 - 5, bool(minor)
 
 
+def interval(sharps, other):
+    """Semitones, -6..5, from the scale of a key signature to that of another."""
+    return (7 * (other - sharps) + 6) % 12 - 6
+
+
 def common_key_shift(song):
     """Semitones that move a Song to C major or A minor by its key signature (estimated where it has none): -6..5
     (G 5, D -2, A 3); an octave off that where a note would leave the keyboard, 0 where nothing fits."""
     count = estimate_key(song.notes)[0] if song.sharps is None else song.sharps
-    shift = (-7 * count + 6) % 12 - 6
+    shift = interval(count, 0)
     low = -song.notes[:, 0].min(initial=KEYS)
     high = KEYS - 1 - song.notes[:, 0].max(initial=0)
     return next((s for s in (shift, shift + 12, shift - 12) if low <= s <= high), 0)

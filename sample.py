@@ -10,7 +10,6 @@ import re
 import secrets
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ from notation import UserError
 METRES = ('2/4', '3/4', '4/4', '6/8', '9/8')
 SUFFIXES = ('.mid', '.abc', '.wav', '.svg')
 ROUNDS = 8              # how often more tunes are composed for those that --metre asks for
-HEARD = 1000            # beats of a tune by which it is ranked
 
 
 def key_signature(text):
@@ -50,10 +48,7 @@ def parse_args():
         parser, 'composing',
         ('num_samples', 1, number(int, 1, 1000), 'tunes to write, the best first'),
         ('best_of', 8, number(int, 1, 1000), 'tunes composed, side by side, for each that is written'),
-        ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
-        ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune'),
-        ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer'),
-        ('top_p', 0.98, number(float, 0.01, 1), 'nucleus: choose among the likeliest that hold so much probability'),
+        *compare.COMPOSING,
         ('metre', None, dict(choices=METRES), 'keep only tunes in this metre (default: any)'),
         ('seed', None, number(int, 0, 2 ** 63 - 1), 'the same seed, the same files (default: a new one, printed)'),
         ('prompt', None, Path, 'a .mid or .abc file to continue; for ABC text also fields alone, as M:6/8'),
@@ -84,37 +79,6 @@ def output_names(args):
     return names
 
 
-class Tune(NamedTuple):
-    """A composed tune, and what is known of it."""
-    song: Song              # with the prompt
-    nats: float             # nats a frame of the part that was composed
-    ended: bool             # by the model itself
-
-
-def compose(model, representation, opening, args, count, generator):
-    """Composes count tunes side by side: a list of Tunes; what the representation cannot read is none."""
-    steps = representation.frames_per_beat
-    length = math.ceil(args.length * steps)
-    boundary = np.zeros((1, representation.V), np.uint8)
-    boundary[0, -1] = 1
-    prompt = torch.from_numpy(np.concatenate((boundary, opening))).to(next(model.parameters()).device)
-    composed = model.compose(prompt.expand(count, -1, -1), length, args.temperature, args.top_p, generator,
-                             at_least=math.ceil(args.min_length * steps))
-    tunes = []
-    for tune in composed:
-        if not len(tune):
-            continue
-        # the model's own opinion of it, from the first frame after the prompt
-        nats = model.nats(torch.cat((prompt, tune)).unsqueeze(0))[:, len(prompt) - 1:].double().mean().item()
-        try:
-            song = representation.to_song(np.concatenate((opening, tune.cpu().numpy())))
-        except UserError:
-            continue
-        if len(song.notes):
-            tunes.append(Tune(with_key_and_metre(song), nats, len(tune) < length))
-    return tunes, sum(map(len, composed))
-
-
 def with_key_and_metre(song):
     """The Song with the key and metre that its notes suggest, where it does not tell them."""
     if song.sharps is None:
@@ -135,10 +99,11 @@ def candidates(model, representation, opening, args, generator):
     readable = 0
     frames = 0
     for _ in range(ROUNDS if args.metre else 1):
-        tunes, count = compose(model, representation, opening, args, wanted, generator)
+        tunes, count = compare.compose(model, representation, opening, wanted, args, generator)
         made += wanted
         readable += len(tunes)
         frames += count
+        tunes = [tune._replace(song=with_key_and_metre(tune.song)) for tune in tunes]
         found += [tune for tune in tunes if args.metre in (None, tune.song.metre)]
         if len(found) >= args.num_samples:
             break
@@ -156,33 +121,13 @@ def candidates(model, representation, opening, args, generator):
     return found
 
 
-def best(tunes, songs, count):
-    """The count best tunes, the best first: those that are most like a training song. A tune is a point, its features
-    (see compare.py) in units of their spread among the songs; it is as good as the nearest song is near."""
-    if len(tunes) <= count or not songs:
-        return sorted(tunes, key=lambda tune: not tune.ended)[:count]
-    real = points([(song.notes, True) for song in songs])
-    composed = points([(tune.song.notes, tune.ended) for tune in tunes])
-    apart = np.abs(composed[:, None] - real) / (real.std(0) + 1e-3)     # (tunes, songs, features)
-    nearest = apart.mean(2).min(1)
-    return [tunes[i] for i in np.argsort(nearest, kind='stable')[:count]]
-
-
-def points(tunes):
-    """[(notes, did it end by itself?)] to (tunes, features); what a tune has nothing of counts as 0."""
-    rows = []
-    for notes, ended in tunes:
-        rows.append(list(compare.features(notes[notes[:, 1] < HEARD], ended).values()))
-    return np.nan_to_num(np.array(rows, dtype=float))
-
-
 def key_shift(song, args, moved, meta):
     """Semitones from where a Song was composed to where it is played: in the key that is asked for, in that of the
     prompt, which was moved, or in the key signature of most training tunes."""
     sharps = meta['sharps'] if meta['common_key'] and not args.prompt else None
     if args.key:
         sharps, _ = args.key
-    return -moved if sharps is None else (7 * (sharps - song.sharps) + 6) % 12 - 6
+    return -moved if sharps is None else notation.interval(song.sharps, sharps)
 
 
 def finished(song, opening, args, moved, meta):
@@ -262,8 +207,7 @@ def main():
     prompt_beats = 0.0 if args.no_prompt else opening.notes[:, 2].max(initial=0)
     songs = training_songs(meta)
     book = data.copy_book([data.intervals(song.notes, compare.GRID) for song in songs])
-    every = math.ceil(len(songs) / compare.TRAINING) or 1
-    for name, tune in zip(names, best(tunes, songs[::every], args.num_samples)):
+    for name, tune in zip(names, compare.best(tunes, songs, args.num_samples)):
         song = finished(tune.song, opening, args, moved, meta)
         line = write(song, name, tempo, prompt_beats)
         line += f', {tune.nats:.3f} nats/frame, {len(song.notes)} notes, {song.notes[:, 2].max(initial=0):g} beats'
