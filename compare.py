@@ -23,14 +23,10 @@ from model import load_checkpoint
 from notation import Song
 from notation import UserError
 
-# steps a beat on which tunes are compared step by step
-GRID = 4
-# training songs that stand beside, and that tunes are ranked by
-TRAINING = 200
-# beats of a tune by which it is ranked
-HEARD = 1000
-# the options of sample.py, too
-COMPOSING = (
+GRID = 4                # steps a beat on which tunes are compared step by step
+TRAINING = 200          # training songs that stand beside, and that tunes are ranked by
+HEARD = 1000            # beats of a tune by which it is ranked
+COMPOSING = (           # the options of sample.py, too
     ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
     ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune'),
     ('temperature', 0.95, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer'),
@@ -44,7 +40,7 @@ def features(notes, ended=True):
     """{feature: number} of a tune, nan where it has none of what is measured. Lengths are in beats, intervals in
     semitones. Key and metre are guessed from the notes, of real songs too, so that all are measured alike.
 
-    ended: did the model itself end it?"""
+    ended: did the model itself end it, within --length?"""
     # to twelfths of a beat, since players let go of a note a little early
     notes = data.quantise(notes, 12) / [1, 12, 12]
     is_melody = notation.is_melody(notes)
@@ -238,18 +234,20 @@ def distance(a, b):
     return np.abs(shares[0] - shares[1]).max(initial=0)
 
 
-def read_real(dataset, split):
-    """The Column of the test songs, or of another split, that of some training songs, and the book of them all."""
+def read_real(dataset, split, length):
+    """The Column of the test songs, or of another split, that of some training songs, and the book of them all. One of
+    more than `length` beats has not ended, since a composed one would not have."""
     songs = [song.notes for song in dataset.songs[split]]
     training = [song.notes for song in dataset.songs['train']]
     strikes = [data.intervals(notes, GRID) for notes in training]
     book = data.copy_book(strikes)
-    real = make_column(f'{split} songs', [all_features(notes, book) for notes in songs], songs[len(songs) // 2])
+    tunes = [all_features(notes, book, notes[:, 2].max() <= length) for notes in songs]
+    real = make_column(f'{split} songs', tunes, songs[len(songs) // 2])
     tunes = []
     for i in some(range(len(training))):
         # a song is no copy of itself
         others = data.copy_book([*strikes[:i], strikes[i][:0], *strikes[i + 1:]])
-        tunes.append(all_features(training[i], others))
+        tunes.append(all_features(training[i], others, training[i][:, 2].max() <= length))
     return real, make_column('training songs', tunes, training[0], real), book
 
 
@@ -383,7 +381,7 @@ def main():
         dataset = data.load(meta['data'], representation, meta['common_key'], log=lambda line: None)
         if not models:
             train.say('measuring the real songs', passing=True)
-            real, training, book = read_real(dataset, args.split)
+            real, training, book = read_real(dataset, args.split, args.length)
         models.append(model_column(name, model, dataset, real, book, args))
         points = render.read_losses(path.with_suffix('.csv'))
         if len(points):

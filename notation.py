@@ -22,9 +22,8 @@ from typing import NamedTuple
 import mido
 import numpy as np
 
-# the piano: A0 is MIDI note 21, C8 is 108
-LOWEST = 21
-KEYS = 88
+LOWEST = 21             # the piano: A0 is MIDI note 21 ...
+KEYS = 88               # ... and C8 is 108
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,8 +163,7 @@ def is_melody(notes):
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys
 
-# letters by fifths: a key of n sharps raises the first n
-FIFTHS = 'FCGDAEB'
+FIFTHS = 'FCGDAEB'      # letters by fifths: a key of n sharps raises the first n
 # How well each pitch class fits a major and a minor key on C (Krumhansl and Kessler 1982)
 PROFILES = np.array([[6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88],
                      [6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17]])
@@ -231,8 +229,7 @@ LIMITS = (0.4, 0.8, 1.2, 1.8)
 # Of 100 such places, how many have no chord, the same chord struck again, another chord: between what is counted in
 # Nottingham, where the half of a bar has 4, and in books whose chords change more often
 CHORDS = dict(D=(10, 30, 60), P=(10, 30, 60), H=(85, 5, 10), Q=(85, 5, 10), B=(98, 1, 1), o=(98, 1, 1))
-# how much of a long piece we look at
-METRE_BEATS = 512
+METRE_BEATS = 512       # how much of a long piece we look at
 
 
 def bar_beats(metre):
@@ -314,10 +311,8 @@ def cues(notes):
 # ---------------------------------------------------------------------------------------------------------------------
 # MIDI
 
-# to a beat, in the files we write
-TICKS = 480
-# bytes in a file: a piano concerto has 0.5 MB
-MAX_MIDI = 2 << 20
+TICKS = 480             # to a beat, in the files we write
+MAX_MIDI = 2 << 20      # bytes in a file: a piano concerto has 0.5 MB
 # kinds of events: the status byte without its channel; what is no music (tempo, key, text) is 0x100 + its type
 NOTE_OFF = 0x80
 NOTE_ON = 0x90
@@ -328,9 +323,8 @@ TIME_SIGNATURE = 0x158
 KEY_SIGNATURE = 0x159
 # how many data bytes follow the status byte; those that are not here have none
 DATA_BYTES = {0x80: 2, 0x90: 2, 0xA0: 2, 0xB0: 2, 0xC0: 1, 0xD0: 1, 0xE0: 2, 0xF1: 1, 0xF2: 2, 0xF3: 1}
-# a controller, and the channel of the drums, counted from 0
-PEDAL = 64
-PERCUSSION = 9
+PEDAL = 64              # a controller
+PERCUSSION = 9          # the channel of the drums, counted from 0
 
 
 def read_midi(file, name=None):
@@ -504,9 +498,9 @@ def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metr
 # out (what the order on the page decides); `arrange` puts the events into the order of playing; `play` counts time.
 # An event is a Sound, a Bar, a list (the MIDI notes of a chord symbol), or one of the words DC, DS, segno, fine.
 
-# what a hostile file can cost has bounds: bytes in a file; characters in a tune, and events in its playing
-MAX_BOOK = 64 << 20
-MAX_TUNE = 40_000
+# what a hostile file can cost has bounds
+MAX_BOOK = 64 << 20     # bytes in a file
+MAX_TUNE = 40_000       # characters in a tune, and events in its playing
 
 SIGN = r'(?:\^\^?|__?|=)'
 LENGTH = r'(?:[1-9]\d{0,2})?/{0,4}(?:[1-9]\d{0,2})?'
@@ -525,8 +519,7 @@ TOKEN = re.compile(rf"""
   | (?P<sound>   (?: \[(?P<chord>[^\]\[\n]*)\] | (?P<note>{SIGN}?[A-Ga-g][,']*) | [zxZX] ) (?P<length>{LENGTH}) )
   | (?:          \{{[^{{}}]*\}} | y[\d/]* | [\s`'\\$(),.~\#*;?@%!+H-WYh-w] )
   | (?P<unknown> . )""", re.VERBOSE)
-# a letter stands at its semitones above C
-SCALE = 'C D EF G A B'
+SCALE = 'C D EF G A B'  # a letter stands at its semitones above C
 ALTER = {'^': 1, '^^': 2, '=': 0, '_': -1, '__': -2, '#': 1, 'b': -1, '': 0}
 # how many sharps a mode has more than the major key on the same note
 MODES = dict(maj=0, ion=0, lyd=1, mix=-1, dor=-2, min=-3, aeo=-3, m=-3, phr=-4, loc=-5)
@@ -876,8 +869,7 @@ def play(events):
 # ---------------------------------------------------------------------------------------------------------------------
 # ABC out
 
-# Times are counted in ticks, 24 to a beat: a multiple of 3 is a 32nd note, a multiple of 4 belongs to a triplet.
-BEAT = 24
+BEAT = 24               # ticks in a beat: a multiple of 3 is a 32nd note, a multiple of 4 belongs to a triplet
 # plain and dotted notes, in eighths, the unit of what we write
 SINGLE = (16, 12, 8, 6, 4, 3, 2, 1.5, 1, 0.75, 0.5, 0.25)
 # semitones of the notes above the root -> what stands behind the root's name

@@ -22,10 +22,8 @@ from notation import write_whole
 # ---------------------------------------------------------------------------------------------------------------------
 # Sound
 
-# samples a second
-RATE = 44100
-# seconds of sound in one WAV file: 0.2 GB, and about ten times that in memory
-LONGEST = 20 * 60
+RATE = 44100            # samples a second
+LONGEST = 20 * 60       # seconds of sound in one WAV file: 0.2 GB, and about ten times that in memory
 
 
 def piano_tone(key, velocity, seconds):
@@ -137,8 +135,7 @@ STYLE = '''svg{color:#57606a;font:11px sans-serif}path{fill:none;stroke:currentC
 .c0{color:#c2410c}.c1{color:#2563eb}.c2{color:#15803d}.c3{color:#a21caf}.c4{color:#0e7490}.c5{color:#854d0e}
 @media(prefers-color-scheme:dark){svg{color:#9aa4af}.title{color:#e6edf3}
 .c0{color:#fb923c}.c1{color:#60a5fa}.c2{color:#4ade80}.c3{color:#e879f9}.c4{color:#22d3ee}.c5{color:#facc15}}'''
-# pixels left of a piano roll; a line of 16 bars fills the page of 960
-LEFT = 40
+LEFT = 40               # pixels left of a piano roll; a line of 16 bars fills the page of 960
 
 
 def label(words):

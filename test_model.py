@@ -31,6 +31,7 @@ import zipfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import mido
 import numpy as np
@@ -3132,6 +3133,32 @@ def compare_model(folder, arch, representation):
     model.save_checkpoint(folder / f'{arch}.pt', net, meta=meta, step=1, valid=1.0)
 
 
+def test_compare_best_is_nearest_to_a_song():
+    rng = np.random.default_rng(0)
+    songs = [Song('', compare_line(39 + rng.integers(0, 13, 32))) for _ in range(5)]
+    circling = compare.Tune(Song('', compare_line([39, 41] * 16)), 0.1, True)
+    endless = compare.Tune(songs[3], 0.5, False)
+    real = compare.Tune(songs[3], 0.9, True)
+    assert compare.best([circling, endless, real], songs, 2) == [real, endless]
+    # without songs, those that ended come first
+    assert compare.best([endless, circling, real], [], 2) == [circling, real]
+
+
+@pytest.mark.parametrize('asked, representation, taken', [
+    (None, data.PianoRoll(2), 1), (None, data.AbcText(), 0.98), (0.5, data.AbcText(), 0.5)])
+def test_compare_composing_has_the_nucleus_of_the_representation(monkeypatch, asked, representation, taken):
+    def record(self, prompt, length, temperature, top_p, generator, at_least):
+        assert (prompt.shape, length, at_least) == ((3, 1, representation.V), 2 * steps, steps)
+        assert prompt[:, 0, -1].all() and prompt.sum() == 3
+        return [torch.zeros(int(top_p == taken), representation.V)]
+
+    monkeypatch.setattr(Model, 'compose', record)
+    steps = representation.frames_per_beat
+    net = Model(Config(representation.V, head=representation.heads[0], n_layer=1, n_embd=8))
+    args = SimpleNamespace(length=2, min_length=1, temperature=1, top_p=asked)
+    assert compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, None) == ([], 1)
+
+
 def compare_run(monkeypatch, *words):
     monkeypatch.setattr('sys.argv', ['compare.py', '--num_samples=5', '--length=24', *map(str, words)])
     compare.main()
@@ -3143,7 +3170,7 @@ def test_compare_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / 'lstm.csv').write_text('iter,minutes,valid\n0,0,9.5\n10,1,2.5\n20,2,2.25\n')
     tables = []
     for out in (tmp_path / 'a', tmp_path / 'b'):
-        compare_run(monkeypatch, tmp_path / 'lstm.pt', tmp_path / 'rwkv.pt', f'--out={out}')
+        compare_run(monkeypatch, tmp_path / 'lstm.pt', tmp_path / 'rwkv.pt', f'--out={out}', '--best_of=2')
         printed = capsys.readouterr().out
         assert all(word in printed for word in ('test songs', 'training songs', 'KS lstm', 'rwkv', 'mean distance'))
         rows = list(csv.DictReader(out.with_suffix('.csv').open()))
@@ -3153,8 +3180,12 @@ def test_compare_runs(tmp_path, monkeypatch, capsys):
         tables.append([row for row in rows if row[''] != 'frames a second when composing'])
         words = ' '.join(render_texts(out.with_suffix('.svg')))
         assert all(text in words for text in ('lstm 2.250', 'melody on chord', 'test songs, ', 'rwkv, '))
+        assert [row['lstm'] for row in rows if row[''] == 'tunes that can be read'] == ['10 of 10']
     assert tables[0] == tables[1]
-    assert [row['test songs'] for row in tables[0] if row[''] == 'beats'] == ['16.000']
+    real = {row['']: row['test songs'] for row in tables[0]}
+    assert (real['beats'], real['ended']) == ('16.000', '1.000')
+    compare_run(monkeypatch, tmp_path / 'lstm.pt', f'--out={out}', '--length=15', '--min_length=1')
+    assert '\nended,0.000,0.000,0.000,' in out.with_suffix('.csv').read_text()
 
 
 def test_compare_refuses(tmp_path, monkeypatch):
