@@ -941,8 +941,8 @@ def snap(notes, first):
 def find_chords(ticks):
     """Ticks to (melody, chords (onset, end, root 0..11, quality), how many notes are left out).
 
-    A chord: notes struck together from below middle C, within an octave, that have a name. Left out is the bass of a
-    tune with chords: what lies below their octave and under another note."""
+    A chord: notes struck together that have a name, within an octave, the lowest below the G above middle C. Left out is
+    the bass of a tune with chords: what lies below their octave and under another note."""
     melody = []
     bass = []
     chords = []
@@ -972,7 +972,7 @@ def find_chords(ticks):
 
 def name_chord(group):
     """(root 0..11, quality, members) of the chord among the lowest notes of a group; no members: there is none."""
-    low = [note for note in group if note.key - group[0].key < 12 and group[0].key < 60]
+    low = [note for note in group if note.key - group[0].key < 12 and group[0].key < 67]
     for size in (4, 3, 2):
         choices = itertools.combinations(low, size)
         # those that last longest first: notes of the melody among them are shorter
