@@ -2853,6 +2853,20 @@ def test_hostile_files(tmp_path):
     assert all(0 < row['read'] < row['files'] for row in result.values())
 
 
+@pytest.mark.parametrize('last, best', [(2.0, 3.0), (3.0, 2.0), (2.0, 2.0)])
+def test_train_all_validation_songs_decide_between_the_last_model_and_the_best_by_a_sample(
+        book, tmp_path, monkeypatch, last, best):
+    setup = train.set_up(train.parse_args([f'--data={book}', f'--out_dir={tmp_path}', '--block_size=16', '--n_embd=8']))
+    weight = setup.model.emb.weight
+    run = train.Run(weights={name: value.clone() for name, value in setup.model.state_dict().items()})
+    run.weights['emb.weight'].fill_(best)
+    torch.nn.init.constant_(weight, last)
+    monkeypatch.setattr(train, 'evaluate', lambda *_: train.Score(weight.mean().item(), 0.0, 1, 1))
+    train.finish(setup, run)
+    kept, checkpoint = load_checkpoint(setup.best)
+    assert checkpoint['valid'] == checkpoint['scores']['test']['frame'] == kept.emb.weight.mean() == min(last, best)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # render.py
 
