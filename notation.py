@@ -941,8 +941,8 @@ def snap(notes, first):
 def find_chords(ticks):
     """Ticks to (melody, chords (onset, end, root 0..11, quality), how many notes are left out).
 
-    A chord: notes struck together that have a name, within an octave, the lowest below the G above middle C. Left out is
-    the bass of a tune with chords: what lies below their octave and under another note."""
+    A chord: notes struck together that have a name, within an octave, the lowest below the G above middle C. Left out
+    is the bass of a tune with chords: what lies below their octave and under another note."""
     melody = []
     bass = []
     chords = []
