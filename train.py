@@ -594,15 +594,16 @@ def log_progress(run, args, lr, seconds):
 def finish(setup, run):
     """Scores the best model on all validation and test songs, and says where everything is."""
     model = setup.model
-    # so far a sample of the validation songs was read; all of them decide between the best by the sample and the last
-    last = {name: value.clone() for name, value in model.state_dict().items()}
+    # so far a sample of the validation songs was read; if it did not prefer the last model, all of them decide
+    last = {name: value.cpu().clone() for name, value in model.state_dict().items()}
     scores = dict(valid=evaluate(model, setup.dataset, 'valid'))
-    model.load_state_dict(run.weights)
-    best = evaluate(model, setup.dataset, 'valid')
-    if best.frame < scores['valid'].frame:
-        scores['valid'] = best
-    else:
-        model.load_state_dict(last)
+    if not all(torch.equal(last[name], run.weights[name]) for name in last):
+        model.load_state_dict(run.weights)
+        best = evaluate(model, setup.dataset, 'valid')
+        if best.frame < scores['valid'].frame:
+            scores['valid'] = best
+        else:
+            model.load_state_dict(last)
     scores['test'] = evaluate(model, setup.dataset, 'test')
     row = dict(iter=run.step, minutes=round(run.seconds / 60, 3))
     for split, score in scores.items():
