@@ -175,16 +175,40 @@ def compose(model, representation, opening, count, args, generator):
     return tunes, sum(map(len, composed))
 
 
+def check_size(args, model, representation):
+    """Raises UserError if what is asked for is too much at once. args has num_samples and best_of, too."""
+    length = math.ceil(args.length * representation.frames_per_beat)
+    if length > data.MAX_FRAMES:
+        raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
+                        f'{data.MAX_FRAMES // representation.frames_per_beat:,} beats or less')
+    if args.num_samples * args.best_of * (length + 4 * model.config.lookback) > 200 * data.MAX_FRAMES:      # 3.5 GB
+        raise UserError(f'--num_samples={args.num_samples} times --best_of={args.best_of} times '
+                        f'--length={args.length:g} is too much at once: ask for fewer or shorter tunes')
+
+
 def best(tunes, songs, count):
-    """The count best Tunes, the best first: those that are most like a training song. A tune is a point, its features
-    in units of their spread among the songs; it is as good as the nearest song is near."""
+    """The count best Tunes, the best first: those that are most like a training song."""
     if len(tunes) <= count or not songs:
         return sorted(tunes, key=lambda tune: not tune.ended)[:count]
+    nearest = distance_to_songs(tunes, songs)
+    return [tunes[i] for i in np.argsort(nearest, kind='stable')[:count]]
+
+
+def best_of_each(tunes, songs, count):
+    """Of every count Tunes the one that is most like a training song."""
+    if count == 1:
+        return tunes
+    nearest = distance_to_songs(tunes, songs)
+    return [tunes[i + nearest[i:i + count].argmin()] for i in range(0, len(tunes), count)]
+
+
+def distance_to_songs(tunes, songs):
+    """How far Tunes are from the nearest song: (tunes,). A tune is a point, its features in units of their spread among
+    the songs."""
     real = points([(song.notes, True) for song in some(songs)])
     composed = points([(tune.song.notes, tune.ended) for tune in tunes])
     apart = np.abs(composed[:, None] - real) / (real.std(0) + 1e-3)     # (tunes, songs, features)
-    nearest = apart.mean(2).min(1)
-    return [tunes[i] for i in np.argsort(nearest, kind='stable')[:count]]
+    return apart.mean(2).min(1)
 
 
 def points(tunes):
@@ -270,10 +294,7 @@ def model_column(name, model, dataset, real, book, args):
     if not composed:
         raise UserError(f'{name} composed no tune that can be read: train it for longer')
     train.say(f'{name}: measuring the tunes', passing=True)
-    tunes = []
-    for i in range(0, len(composed), args.best_of):
-        tunes += best(composed[i:i + args.best_of], dataset.songs['train'], 1)
-    tunes.sort(key=lambda tune: tune.nats)
+    tunes = sorted(best_of_each(composed, dataset.songs['train'], args.best_of), key=lambda tune: tune.nats)
     median = tunes[len(tunes) // 2]
     facts['nats a frame of its median tune'] = f'{median.nats:.3f}'
     measured = [all_features(tune.song.notes, book, tune.ended) for tune in tunes]
@@ -368,6 +389,8 @@ def main():
     notation.check_writable(table)
     notation.check_writable(picture)
     loaded = [load_checkpoint(path, data.pick_device(args.device)) for path in args.checkpoints]
+    for model, checkpoint in loaded:
+        check_size(args, model, data.representation(checkpoint['meta']['representation']))
     music = sorted({checkpoint['meta']['data'] for _, checkpoint in loaded})
     if len(music) > 1:
         raise UserError(f'these models were trained on {" and on ".join(music)}: compare them apart')

@@ -171,24 +171,13 @@ def training_songs(meta):
         return []
 
 
-def check_size(args, model, representation):
-    """Raises UserError if what is asked for is too much at once."""
-    length = math.ceil(args.length * representation.frames_per_beat)
-    if length > data.MAX_FRAMES:
-        raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
-                        f'{data.MAX_FRAMES // representation.frames_per_beat:,} beats or less')
-    if args.num_samples * args.best_of * (length + 4 * model.config.lookback) > 200 * data.MAX_FRAMES:      # 3.5 GB
-        raise UserError(f'--num_samples={args.num_samples} times --best_of={args.best_of} times '
-                        f'--length={args.length:g} is too much at once: ask for fewer or shorter tunes')
-
-
 def main():
     args = parse_args()
     device = data.pick_device(args.device)
     model, checkpoint = load_checkpoint(args.ckpt, device)
     meta = checkpoint['meta']
     representation = data.representation(meta['representation'])
-    check_size(args, model, representation)
+    compare.check_size(args, model, representation)
     names = output_names(args)
     seed = secrets.randbits(32) if args.seed is None else args.seed
     generator = torch.Generator(device).manual_seed(seed)

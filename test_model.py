@@ -652,6 +652,8 @@ def test_abc_header():
     ('54,57,60:0-4 74:1-4 58,62,65:4-8 77:4-6', {}, '"F#dim"z2d6|"Bb"f4 z4|]'),
     ('48,52,55:0-2 72:0-4', {}, '"C"c4- "^N.C."c4|]'),
     ('48,52,55:0-1 72:0-2 74:2-3 43,47,50,72:3-4', {}, '"C"c2-"^N.C."c2 d2"G"c2|]'),
+    # chords from as high as the F above middle C; from the G on they are melody
+    ('65,69,72:0-4 81:0-4', {}, '"F"a8|]'), ('67,71,74:0-4 83:0-4', {}, '[G8B8d8b8]|]'),
     # a note of the melody inside the chord; two notes that go on below a melody with one of them
     ('46,50,53:0-4 48:0-1 72:0-4', {}, '"Bb"[C,2c2-]c6|]'), ('51,55:0-4 63:0-1 65:1-4', {}, '"Eb"_E2F6|]'),
 ])
@@ -3156,6 +3158,10 @@ def test_compare_best_is_nearest_to_a_song():
     assert compare.best([circling, endless, real], songs, 2) == [real, endless]
     # without songs, those that ended come first
     assert compare.best([endless, circling, real], [], 2) == [circling, real]
+    # of each two; the last is alone
+    tunes = [circling, endless, real, circling, circling]
+    assert compare.best_of_each(tunes, songs, 2) == [endless, real, circling]
+    assert compare.best_of_each(tunes, songs, 1) == tunes
 
 
 @pytest.mark.parametrize('asked, representation, taken', [
@@ -3209,6 +3215,8 @@ def test_compare_refuses(tmp_path, monkeypatch):
     for models, message in ((('a/lstm.pt', 'b/lstm.pt'), 'compare them apart'), (('a/rnn.pt',), 'no tune that can be')):
         with pytest.raises(UserError, match=message):
             compare_run(monkeypatch, *[tmp_path / path for path in models], f'--out={tmp_path}/c')
+    with pytest.raises(UserError, match='--length=1e.06 is more'):
+        compare_run(monkeypatch, tmp_path / 'a/lstm.pt', f'--out={tmp_path}/c', '--length=1e6')
 
 
 if __name__ == '__main__':
