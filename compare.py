@@ -156,9 +156,7 @@ def compose(model, representation, opening, count, args, generator):
     args has length, min_length (beats), temperature and top_p."""
     steps = representation.frames_per_beat
     length = math.ceil(args.length * steps)
-    boundary = np.zeros((1, representation.V), np.uint8)
-    boundary[0, -1] = 1
-    prompt = torch.from_numpy(np.concatenate((boundary, opening))).to(next(model.parameters()).device)
+    prompt = torch.from_numpy(np.concatenate((representation.boundary(), opening))).to(next(model.parameters()).device)
     top_p = args.top_p or representation.top_p
     composed = model.compose(prompt.expand(count, -1, -1), length, args.temperature, top_p, generator,
                              at_least=math.ceil(args.min_length * steps))

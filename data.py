@@ -42,6 +42,7 @@ from notation import printable
 from notation import read_abc
 from notation import read_bytes
 from notation import read_midi
+from notation import signature
 from notation import tune_text
 from notation import write_whole
 
@@ -74,7 +75,7 @@ def moved(song, semitones):
     """A Song moved up, with its key signature; its text no longer holds."""
     if not semitones:
         return song
-    sharps = None if song.sharps is None else (song.sharps + 7 * semitones + 5) % 12 - 5
+    sharps = None if song.sharps is None else signature(song.sharps + 7 * semitones)
     return song._replace(notes=song.notes + [semitones, 0, 0], sharps=sharps, text=None)
 
 
@@ -83,6 +84,10 @@ class Representation:
     movable = True      # to another key, as it is
     top_p = 1.0         # in composing, unless a person asks for another
     left_out = 0        # notes of all songs so far for which there is no place in the frames
+
+    def boundary(self):
+        """The frame between tunes, (1, V) uint8."""
+        return np.eye(1, self.V, self.V - 1, dtype=np.uint8)
 
     def to_song(self, frames):
         """Frames (T, V) to a Song. Raises UserError if they are no music."""
@@ -338,9 +343,7 @@ class Dataset:
         self.packed = {}        # split -> (frames, V / 8) uint8
         self.bounds = {}        # split -> (songs + 1,) where the boundaries stand
         self.beats = {}         # split -> (songs,) from the start of each song to the end of its last note
-        boundary = np.zeros((1, representation.V), dtype=np.uint8)
-        boundary[0, -1] = 1
-        boundary = np.packbits(boundary, axis=1)
+        boundary = np.packbits(representation.boundary(), axis=1)
         for split in SPLITS:
             rows = [boundary]
             for song in songs[split]:

@@ -174,10 +174,15 @@ def sharps(key):
     return FIFTHS.index(key[0]) - 1 + 7 * (key.count('#') - key.count('b')) - 3 * key.endswith('m')
 
 
+def signature(fifths):
+    """The signature, -5 (flats) to 6 sharps, of the key so many fifths above C."""
+    return (fifths + 5) % 12 - 5
+
+
 def key_name(sharps, minor=False):
     """The key of a signature: (2, False) is 'D', (-1, True) is 'Dm'; nobody writes more than seven signs."""
     if abs(sharps) > 7:
-        sharps = (sharps + 5) % 12 - 5
+        sharps = signature(sharps)
     signs, letter = divmod(sharps + 1 + 3 * minor, 7)
     return FIFTHS[letter] + '#' * signs + 'b' * -signs + 'm' * minor
 
@@ -197,7 +202,7 @@ def estimate_key(notes):
     z = (PROFILES - PROFILES.mean(1, keepdims=True)) / PROFILES.std(1, keepdims=True)
     fit = [z @ np.roll(time, -root) for root in range(12)]   # correlation, but for a factor that all keys share
     root, minor = divmod(int(np.argmax(fit)), 2)
-    return (7 * (root + 3 * minor) + 5) % 12 - 5, bool(minor)
+    return signature(7 * (root + 3 * minor)), bool(minor)
 
 
 def interval(sharps, other):
