@@ -1019,12 +1019,8 @@ def test_data_load_common_key_where_all_files_tell_theirs(tmp_path):
 
     assert lowest() == lowest(data.Events()) == (True, [40, 45, 45])
     assert lowest(None, False) == lowest(data.AbcText()) == (False, [40, 40, 40])
-    train_args = train.parse_args([f'--data={tmp_path}', '--block_size=4', f'--out_dir={tmp_path}/out'])
-    assert train.set_up(train_args).args.transpose == 0
     notation.write_midi(np.array([[40, 0, 1]]), tmp_path / 'untold.mid')
     assert lowest() == (False, [40, 40, 40, 40])
-    train_args.transpose = train_args.common_key = None
-    assert train.set_up(train_args).args.transpose == 6
 
 
 def test_data_load_tells_what_has_no_place_in_abc_text(tmp_path):
@@ -2470,7 +2466,8 @@ def scripts_last(out, arch='rwkv'):
     moments = [x for states in saved['optimizers'] for state in states.values() for x in state.values()]
     rows = [[x for name, x in row.items() if name not in ('minutes', 'frames_per_second')]
             for row in csv.DictReader((out / f'{arch}.csv').open())]
-    return [*saved['model'].values(), *moments, *best['model'].values()], rows, (saved['run']['step'], best['valid'])
+    weights = [*saved['model'].values(), *saved['average'].values(), *best['model'].values()]
+    return weights + moments, rows, (saved['run']['step'], best['valid'])
 
 
 @pytest.mark.parametrize('arch', ['rwkv', 'lstm'])
@@ -2525,7 +2522,7 @@ def test_resume_on_other_music_is_judged_anew(out, tmp_path):
     assert after['valid'] > 2 * before['valid'] and after['meta']['data'] == str(other)
     # the first model that was validated on it is the best so far
     last = load_checkpoint(out / 'rwkv.last.pt')[1]
-    assert all(torch.equal(after['model'][name], last['model'][name]) for name in last['model'])
+    assert all(torch.equal(after['model'][name], last['average'][name]) for name in last['average'])
 
 
 # Two runs that go on and save after every step, each killed in its third save: before the new file takes the old one's
@@ -2705,6 +2702,23 @@ def test_weight_decay_is_for_matrices_only(arch):
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.dim() == 2 else 1), msg=name)
 
 
+def test_average_of_the_weights_follows_the_last_tenth():
+    model = torch.nn.Linear(1, 1)
+    average = torch.nn.Linear(1, 1)
+    for step in range(1, 1001):
+        torch.nn.init.constant_(model.weight, step)
+        train.update_average(average, model, step)
+        # the mean of step s weighted by s^9, the first ten steps being too few for one
+        assert step > 10 or average.weight.item() == step
+    assert average.weight.item() == pytest.approx(1001 * 10 / 11)
+    assert torch.equal(average.bias, model.bias)
+
+
+def test_windows_are_moved_less_and_less():
+    args = train.parse_args(['--transpose=6'])
+    assert [train.transpose_at(done, args) for done in (0, 0.25, 0.5, 0.67, 1)] == [6, 4, 2, 0, 0]
+
+
 def test_learning_rate_warms_up_and_decays():
     args = train.parse_args(['--learning_rate=1', '--min_lr=0.1', '--warmup_iters=9'])
     assert [train.lr_at(step, 0, args) for step in (0, 4, 9, 99)] == pytest.approx([0.1, 0.5, 1, 1])
@@ -2859,8 +2873,8 @@ def test_hostile_files(tmp_path):
 def test_train_all_validation_songs_decide_between_the_last_model_and_the_best_by_a_sample(
         book, tmp_path, monkeypatch, last, best):
     setup = train.set_up(train.parse_args([f'--data={book}', f'--out_dir={tmp_path}', '--block_size=16', '--n_embd=8']))
-    weight = setup.model.emb.weight
-    run = train.Run(weights={name: value.clone() for name, value in setup.model.state_dict().items()})
+    weight = setup.average.emb.weight
+    run = train.Run(weights={name: value.clone() for name, value in setup.average.state_dict().items()})
     run.weights['emb.weight'].fill_(best)
     torch.nn.init.constant_(weight, last)
     monkeypatch.setattr(train, 'evaluate', lambda *_: train.Score(weight.mean().item(), 0.0, 1, 1))

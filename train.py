@@ -7,6 +7,7 @@ On N devices:  torchrun --standalone --nproc_per_node=N train.py --arch=rwkv
 
 import argparse
 import contextlib
+import copy
 import csv
 import io
 import math
@@ -58,8 +59,8 @@ def parse_args(words=None):
         ('steps_per_beat', None, number(int, 1, 96), 'steps to a quarter note (default: 4; for events 12)'),
         ('onsets', True, FLAG, 'frames of a piano_roll tell struck keys from held ones'),
         ('common_key', None, FLAG, 'move every tune to C major or A minor (default: where all files tell their key)'),
-        ('transpose', None, number(int, 0, 87),
-         'each window is moved at random, this many semitones either way at most (default: 6; in a common key 0)'))
+        ('transpose', 6, number(int, 0, 87),
+         'each window is moved at random, at first by so many semitones either way at most, at last by none'))
     add_options(
         parser, 'model',
         ('arch', 'rwkv', dict(choices=tuple(models.ARCHITECTURES)), 'the architecture'),
@@ -297,6 +298,12 @@ def lr_at(step, done, args):
     return warm * (args.min_lr + (args.learning_rate - args.min_lr) * (0.5 + 0.5 * math.cos(math.pi * done)))
 
 
+def transpose_at(done, args):
+    """By how many semitones windows are moved at most: moving them makes many tunes of few, but the last third of a run
+    is for the keys that real songs have."""
+    return round(args.transpose * max(0.0, 1 - 1.5 * done))
+
+
 def progress(run, args):
     """How much of the run is done, 0 to 1, by steps or by the clock; one step at least is made."""
     by_steps = run.step / args.max_iters if args.max_iters else 0.0
@@ -353,6 +360,7 @@ def load_last(path):
         saved['run'] = Run(**saved['run'])
         saved['options'] = [str(word) for word in saved['options']]
         saved['optimizers'] = list(saved['optimizers'])
+        saved['average'] = dict(saved['average'])
     except (KeyError, TypeError):
         raise UserError(f'{path} is not a run that can go on: train without --resume') from None
     return saved
@@ -374,6 +382,7 @@ def restore(saved, setup):
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{path} is not a run that can go on: train without --resume') from None
     setup.model.load_state_dict(saved['model'])
+    setup.average.load_state_dict(saved['average'])
     run = saved['run']
     if setup.meta['source'] != saved['meta']['source']:     # judged on other songs, an old best means nothing
         run.best = math.inf
@@ -387,6 +396,7 @@ class Setup(NamedTuple):
     device: torch.device
     dataset: data.Dataset
     model: models.Model
+    average: models.Model   # its weights, averaged over the run: what is validated and kept
     optimizers: list
     meta: dict              # what sample.py needs to know of the music
     best: Path              # the files of the run
@@ -412,8 +422,6 @@ def set_up(args):
     if world > 1 and not rank:
         dist.barrier()
     args.common_key = dataset.common_key
-    if args.transpose is None:
-        args.transpose = 0 if dataset.common_key else 6
     dataset.batch('train', 1, args.block_size, 0, np.random.default_rng())     # complains if there is too little music
     model = models.Model(make_config(args, dataset.representation, device)).to(device)
     try:
@@ -424,7 +432,7 @@ def set_up(args):
     meta = dict(data=args.data, source=dataset.source, representation=dataset.representation.settings,
                 common_key=dataset.common_key, sharps=dataset.sharps,
                 tempo=float(np.median([song.tempo for song in dataset.songs['train']])))
-    return Setup(args, device, dataset, model, make_optimizers(model, args), meta, *files)
+    return Setup(args, device, dataset, model, copy.deepcopy(model), make_optimizers(model, args), meta, *files)
 
 
 def claim(path):
@@ -469,7 +477,7 @@ def save_last(setup, run):
              if value is not None and name not in ('out_dir', 'resume')]
     states = [optimizer.state_dict()['state'] for optimizer in setup.optimizers]
     models.save_checkpoint(setup.last, setup.model, meta=setup.meta, step=run.step, valid=run.best,
-                           run=vars(run), options=words, optimizers=states)
+                           run=vars(run), options=words, optimizers=states, average=setup.average.state_dict())
 
 
 def validate(setup, run, done):
@@ -478,7 +486,7 @@ def validate(setup, run, done):
         save_last(setup, run)       # before validating: a run that goes on from here validates first of all
     frames = EVAL_STEPS * setup.args.batch_size * setup.args.block_size
     with mixed_precision(setup):
-        valid = evaluate(setup.model, setup.dataset, 'valid', frames).frame
+        valid = evaluate(setup.average, setup.dataset, 'valid', frames).frame
     run.validated = int(done * VALIDATIONS)
     run.validated_at = run.step
     run.rows.append(dict(iter=run.step, minutes=round(run.seconds / 60, 3), valid=round(valid, 5)))
@@ -486,10 +494,10 @@ def validate(setup, run, done):
     better = run.step and not valid >= run.best     # an untrained model replaces no checkpoint of an earlier run
     if better:
         run.best = valid
-        run.weights = {name: value.cpu().clone() for name, value in setup.model.state_dict().items()}
+        run.weights = {name: value.cpu().clone() for name, value in setup.average.state_dict().items()}
     if ranks()[0] == 0:
         if better:
-            models.save_checkpoint(setup.best, setup.model, meta=setup.meta, step=run.step, valid=valid)
+            models.save_checkpoint(setup.best, setup.average, meta=setup.meta, step=run.step, valid=valid)
         save_rows(setup.table, run.rows)
 
 
@@ -511,7 +519,7 @@ def train(args, saved=None):
     """Trains as the options say, anew or from a saved <arch>.last.pt. Returns the signal that stopped it, or 0."""
     rank, world = ranks()
     setup = set_up(args)
-    _, device, dataset, model, optimizers, *_ = setup
+    _, device, dataset, model, average, optimizers, *_ = setup
     parameters = list(model.parameters())
     if rank == 0:
         clear_parts(args.out_dir, args.arch)
@@ -544,7 +552,8 @@ def train(args, saved=None):
         # dropout differs. Seeds are made of the step, so that a resumed run goes on with the same random numbers
         rng = np.random.default_rng((args.seed, run.step))
         torch.manual_seed(int(rng.integers(2 ** 62)) + rank)
-        windows = dataset.batch('train', args.batch_size, args.block_size, args.transpose, rng, model.config.lookback)
+        windows = dataset.batch('train', args.batch_size, args.block_size, transpose_at(done, args), rng,
+                                model.config.lookback)
         pieces = [part[rank::world].to(device).chunk(args.gradient_accumulation_steps) for part in windows]
         loss = 0.0
         for piece in zip(*pieces):
@@ -561,11 +570,20 @@ def train(args, saved=None):
         run.losses.append(together([loss.item()], device)[0] / world)
         check_finite(run.losses[-1], norm.item(), setup, run)
         run.step += 1
+        update_average(average, model, run.step)
         run.spent += time.perf_counter() - began
         if run.step % args.log_interval == 0:
             log_progress(run, args, lr, time.perf_counter() - begin)
     finish(setup, run)
     return 0
+
+
+@torch.no_grad()
+def update_average(average, model, step):
+    """Averages the weights of all steps, the last tenth of them counting most (Shamir & Zhang 2013, polynomial-decay
+    averaging): single steps jump about a minimum, their mean lies nearer to it."""
+    for mean, weight in zip(average.parameters(), model.parameters()):
+        mean.lerp_(weight, min(1.0, 10 / step))
 
 
 def check_finite(loss, norm, setup, run):
@@ -593,7 +611,7 @@ def log_progress(run, args, lr, seconds):
 
 def finish(setup, run):
     """Scores the best model on all validation and test songs, and says where everything is."""
-    model = setup.model
+    model = setup.average
     # so far a sample of the validation songs was read; if it did not prefer the last model, all of them decide
     last = {name: value.cpu().clone() for name, value in model.state_dict().items()}
     scores = dict(valid=evaluate(model, setup.dataset, 'valid'))
