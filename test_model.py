@@ -1019,8 +1019,12 @@ def test_data_load_common_key_where_all_files_tell_theirs(tmp_path):
 
     assert lowest() == lowest(data.Events()) == (True, [40, 45, 45])
     assert lowest(None, False) == lowest(data.AbcText()) == (False, [40, 40, 40])
+    train_args = train.parse_args([f'--data={tmp_path}', '--block_size=4', f'--out_dir={tmp_path}/out'])
+    assert train.set_up(train_args).args.transpose == 0
     notation.write_midi(np.array([[40, 0, 1]]), tmp_path / 'untold.mid')
     assert lowest() == (False, [40, 40, 40, 40])
+    train_args.transpose = train_args.common_key = None
+    assert train.set_up(train_args).args.transpose == 6
 
 
 def test_data_load_tells_what_has_no_place_in_abc_text(tmp_path):
@@ -2520,9 +2524,10 @@ def test_resume_on_other_music_is_judged_anew(out, tmp_path):
     scripts_train(other, out, '--resume', '--max_iters=81')
     after = load_checkpoint(out / 'rwkv.pt')[1]
     assert after['valid'] > 2 * before['valid'] and after['meta']['data'] == str(other)
-    # the first model that was validated on it is the best so far
+    # the first model that was validated on it is the best so far, or its last step
     last = load_checkpoint(out / 'rwkv.last.pt')[1]
-    assert all(torch.equal(after['model'][name], last['average'][name]) for name in last['average'])
+    assert any(all(torch.equal(after['model'][name], last[kept][name]) for name in last[kept])
+               for kept in ('average', 'model'))
 
 
 # Two runs that go on and save after every step, each killed in its third save: before the new file takes the old one's
@@ -2873,8 +2878,8 @@ def test_hostile_files(tmp_path):
 def test_train_all_validation_songs_decide_between_the_last_model_and_the_best_by_a_sample(
         book, tmp_path, monkeypatch, last, best):
     setup = train.set_up(train.parse_args([f'--data={book}', f'--out_dir={tmp_path}', '--block_size=16', '--n_embd=8']))
-    weight = setup.average.emb.weight
-    run = train.Run(weights={name: value.clone() for name, value in setup.average.state_dict().items()})
+    weight = setup.model.emb.weight
+    run = train.Run(weights={name: value.clone() for name, value in setup.model.state_dict().items()})
     run.weights['emb.weight'].fill_(best)
     torch.nn.init.constant_(weight, last)
     monkeypatch.setattr(train, 'evaluate', lambda *_: train.Score(weight.mean().item(), 0.0, 1, 1))

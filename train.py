@@ -59,8 +59,9 @@ def parse_args(words=None):
         ('steps_per_beat', None, number(int, 1, 96), 'steps to a quarter note (default: 4; for events 12)'),
         ('onsets', True, FLAG, 'frames of a piano_roll tell struck keys from held ones'),
         ('common_key', None, FLAG, 'move every tune to C major or A minor (default: where all files tell their key)'),
-        ('transpose', 6, number(int, 0, 87),
-         'each window is moved at random, at first by so many semitones either way at most, at last by none'))
+        ('transpose', None, number(int, 0, 87),
+         'each window is moved at random, at first by so many semitones either way at most, at last by none '
+         '(default: 6; in a common key 0)'))
     add_options(
         parser, 'model',
         ('arch', 'rwkv', dict(choices=tuple(models.ARCHITECTURES)), 'the architecture'),
@@ -396,7 +397,7 @@ class Setup(NamedTuple):
     device: torch.device
     dataset: data.Dataset
     model: models.Model
-    average: models.Model   # its weights, averaged over the run: what is validated and kept
+    average: models.Model   # its weights, averaged over the steps so far: what is validated
     optimizers: list
     meta: dict              # what sample.py needs to know of the music
     best: Path              # the files of the run
@@ -422,6 +423,8 @@ def set_up(args):
     if world > 1 and not rank:
         dist.barrier()
     args.common_key = dataset.common_key
+    if args.transpose is None:
+        args.transpose = 0 if dataset.common_key else 6
     dataset.batch('train', 1, args.block_size, 0, np.random.default_rng())     # complains if there is too little music
     model = models.Model(make_config(args, dataset.representation, device)).to(device)
     try:
@@ -611,17 +614,17 @@ def log_progress(run, args, lr, seconds):
 
 def finish(setup, run):
     """Scores the best model on all validation and test songs, and says where everything is."""
-    model = setup.average
-    # so far a sample of the validation songs was read; if it did not prefer the last model, all of them decide
+    model = setup.model
+    # the best average by a sample of the validation songs, or the last weights, which the small learning rate at the end
+    # has brought to rest: all validation songs decide
     last = {name: value.cpu().clone() for name, value in model.state_dict().items()}
     scores = dict(valid=evaluate(model, setup.dataset, 'valid'))
-    if not all(torch.equal(last[name], run.weights[name]) for name in last):
-        model.load_state_dict(run.weights)
-        best = evaluate(model, setup.dataset, 'valid')
-        if best.frame < scores['valid'].frame:
-            scores['valid'] = best
-        else:
-            model.load_state_dict(last)
+    model.load_state_dict(run.weights)
+    best = evaluate(model, setup.dataset, 'valid')
+    if best.frame < scores['valid'].frame:
+        scores['valid'] = best
+    else:
+        model.load_state_dict(last)
     scores['test'] = evaluate(model, setup.dataset, 'test')
     row = dict(iter=run.step, minutes=round(run.seconds / 60, 3))
     for split, score in scores.items():
