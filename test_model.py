@@ -2882,7 +2882,7 @@ def test_train_all_validation_songs_decide_between_the_last_model_and_the_best_b
     run = train.Run(weights={name: value.clone() for name, value in setup.model.state_dict().items()})
     run.weights['emb.weight'].fill_(best)
     torch.nn.init.constant_(weight, last)
-    monkeypatch.setattr(train, 'evaluate', lambda *_: train.Score(weight.mean().item(), 0.0, 1, 1))
+    monkeypatch.setattr(train, 'evaluate', lambda model, *_: train.Score(model.emb.weight.mean().item(), 0.0, 1, 1))
     train.finish(setup, run)
     kept, checkpoint = load_checkpoint(setup.best)
     assert checkpoint['valid'] == checkpoint['scores']['test']['frame'] == kept.emb.weight.mean() == min(last, best)

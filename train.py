@@ -615,16 +615,14 @@ def log_progress(run, args, lr, seconds):
 def finish(setup, run):
     """Scores the best model on all validation and test songs, and says where everything is."""
     model = setup.model
-    # the best average by a sample of the validation songs, or the last weights, which the small learning rate at the end
-    # has brought to rest: all validation songs decide
-    last = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+    # the best average by a sample of the validation songs, or the last weights, which the small learning rate has
+    # brought to rest: all validation songs decide
     scores = dict(valid=evaluate(model, setup.dataset, 'valid'))
-    model.load_state_dict(run.weights)
-    best = evaluate(model, setup.dataset, 'valid')
+    setup.average.load_state_dict(run.weights)
+    best = evaluate(setup.average, setup.dataset, 'valid')
     if best.frame < scores['valid'].frame:
+        model = setup.average
         scores['valid'] = best
-    else:
-        model.load_state_dict(last)
     scores['test'] = evaluate(model, setup.dataset, 'test')
     row = dict(iter=run.step, minutes=round(run.seconds / 60, 3))
     for split, score in scores.items():
