@@ -25,7 +25,7 @@ from notation import UserError
 
 GRID = 4                # steps a beat on which tunes are compared step by step
 TRAINING = 200          # training songs that stand beside, and that tunes are ranked by
-HEARD = 1000            # beats of a tune by which it is ranked
+HEARD = 1000            # beats of a tune that are measured
 COMPOSING = (           # the options of sample.py, too
     ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
     ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune'),
@@ -36,11 +36,15 @@ COMPOSING = (           # the options of sample.py, too
 # ---------------------------------------------------------------------------------------------------------------------
 # The features of a tune. Notes are (N, 3) as in notation.py, steps (S,) a number for what is struck and held in each
 
-def features(notes, ended=True):
+def features(notes, ended):
     """{feature: number} of a tune, nan where it has none of what is measured. Lengths are in beats, intervals in
     semitones. Key and metre are guessed from the notes, of real songs too, so that all are measured alike.
 
     ended: did the model itself end it, within --length?"""
+    # of hours of music the first part is enough, and silence of hours before it is left out
+    begin = HEARD * (notes[0, 1] // HEARD)
+    notes = notes - [0, begin, begin]
+    notes = np.minimum(notes[notes[:, 1] < HEARD], [notation.KEYS, HEARD, HEARD])
     # to twelfths of a beat, since players let go of a note a little early
     notes = data.quantise(notes, 12) / [1, 12, 12]
     is_melody = notation.is_melody(notes)
@@ -48,7 +52,7 @@ def features(notes, ended=True):
     chords = notes[~is_melody]
     sharps, _ = notation.estimate_key(notes)
     # above the tonic of the major key with this signature
-    degrees = (notes[:, 0] + notation.LOWEST - notation.tonic(sharps)) % 12
+    degrees = (notes[:, 0] + notation.LOWEST - 7 * sharps) % 12
     _, count = np.unique(degrees, return_counts=True)
     share = count / len(degrees)
     leaps = np.abs(np.diff(melody[:, 0]))
@@ -186,7 +190,7 @@ def check_size(args, model, representation):
 
 def best(tunes, songs, count):
     """The count best Tunes, the best first: those that are most like a training song."""
-    if len(tunes) <= count or not songs:
+    if len(tunes) == 1 or not songs:
         return sorted(tunes, key=lambda tune: not tune.ended)[:count]
     nearest = distance_to_songs(tunes, songs)
     return [tunes[i] for i in np.argsort(nearest, kind='stable')[:count]]
@@ -211,9 +215,7 @@ def distance_to_songs(tunes, songs):
 
 def points(tunes):
     """[(notes, did it end by itself?)] to (tunes, features); what a tune has nothing of counts as 0."""
-    rows = []
-    for notes, ended in tunes:
-        rows.append(list(features(notes[notes[:, 1] < HEARD], ended).values()))
+    rows = [list(features(notes, ended).values()) for notes, ended in tunes]
     return np.nan_to_num(np.array(rows, dtype=float))
 
 
@@ -268,7 +270,7 @@ def read_real(dataset, split, length):
     tunes = []
     for i in some(range(len(training))):
         # a song is no copy of itself
-        others = data.copy_book([*strikes[:i], strikes[i][:0], *strikes[i + 1:]])
+        others = data.copy_book([*strikes[:i], *strikes[i + 1:]])
         tunes.append(all_features(training[i], others, training[i][:, 2].max() <= length))
     return real, make_column('training songs', tunes, training[0], real), book
 

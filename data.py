@@ -15,6 +15,7 @@ import argparse
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -36,6 +37,7 @@ import torch
 from notation import KEYS
 from notation import Song
 from notation import UserError
+from notation import check_writable
 from notation import common_key_shift
 from notation import one_per_key
 from notation import printable
@@ -62,15 +64,6 @@ def quantise(notes, steps_per_beat):
     return one_per_key(steps)
 
 
-def move_keys(planes, semitones):
-    """Moves planes (T, planes, KEYS) of keys up, as far as the keyboard allows, and returns them."""
-    used = np.flatnonzero(planes.any((0, 1)))
-    if not len(used):
-        return planes
-    semitones = min(max(semitones, -used[0]), KEYS - 1 - used[-1])
-    return np.roll(planes, semitones, axis=2)
-
-
 def moved(song, semitones):
     """A Song moved up, with its key signature; its text no longer holds."""
     if not semitones:
@@ -80,8 +73,10 @@ def moved(song, semitones):
 
 
 class Representation:
-    """What the three have in common. Each has V, encode, decode, transpose, steps, and `settings` to build it."""
-    movable = True      # to another key, as it is
+    """What the three have in common. Each has V, encode, decode, steps, and `settings` to build it; heads that fit, the
+    default first; beat and shift for the model's clock (see Config); steps_per_beat, and about as many frames_per_beat
+    as a tune has."""
+    planes = 0          # of 88 keys each, with which the units begin; a text has none, it keeps the key it is written in
     top_p = 1.0         # in composing, unless a person asks for another
     left_out = 0        # notes of all songs so far for which there is no place in the frames
 
@@ -101,13 +96,22 @@ class Representation:
         if not len(notes):
             raise UserError(f'{path} has no notes in its first {beats:g} beats: '
                             'give another --prompt or more --prompt_beats')
-        cut = notes.copy()
-        cut[:, 2] = np.minimum(cut[:, 2], beats)
-        if len(notes) < len(song.notes):
-            song = song._replace(text=None)
+        text = song.text if song.notes[:, 2].max() <= beats else None
         semitones = common_key_shift(song) if common_key else 0
-        song = moved(song._replace(notes=cut), semitones)
-        return song, self.encode(song), semitones
+        notes[:, 2] = np.minimum(notes[:, 2], beats)
+        song = moved(song._replace(notes=notes, text=text), semitones)
+        frames = self.encode(song)
+        # what is composed goes on from the frames, so it is their times that count
+        return song._replace(notes=self.decode(frames)), frames, semitones
+
+    def transpose(self, frames, semitones):
+        """Moves frames (T, V) up, in place, as far as the keyboard allows."""
+        keys = frames[:, :self.planes * KEYS]
+        planes = keys.reshape(len(frames), self.planes, KEYS)
+        used = np.flatnonzero(planes.any((0, 1)))
+        if len(used):
+            semitones = min(max(semitones, -used[0]), KEYS - 1 - used[-1])
+            keys[:] = np.roll(planes, semitones, axis=2).reshape(keys.shape)
 
 
 def read_song(path):
@@ -126,7 +130,8 @@ class PianoRoll(Representation):
         self.settings = dict(name='piano_roll', steps_per_beat=steps_per_beat, onsets=onsets)
         self.steps_per_beat = steps_per_beat
         self.onsets = onsets
-        self.V = (1 + onsets) * KEYS + 1
+        self.planes = 1 + onsets
+        self.V = self.planes * KEYS + 1
         self.beat = steps_per_beat              # for the model's clock: steps in a beat ...
         self.shift = 0                          # ... and each frame is a step
         self.frames_per_beat = steps_per_beat
@@ -145,7 +150,7 @@ class PianoRoll(Representation):
     def decode(self, frames):
         """Frames (T, V) to notes (N, 3) in beats, the inverse of encode. A key held that was not struck, which a
         sampled frame can contain, counts as struck."""
-        planes = np.asarray(frames, dtype=bool)[:, :-1].reshape(len(frames), 1 + self.onsets, KEYS)
+        planes = np.asarray(frames, dtype=bool)[:, :-1].reshape(len(frames), self.planes, KEYS)
         planes = planes.transpose(1, 2, 0)                          # (planes, KEYS, T)
         planes = np.pad(planes, ((0, 0), (0, 0), (1, 1)))           # silence before and after
         sounds = planes.any(0)
@@ -158,11 +163,6 @@ class PianoRoll(Representation):
         notes = np.stack((key, onset / self.steps_per_beat, end / self.steps_per_beat), axis=1)
         return notes[np.lexsort((key, onset))]
 
-    def transpose(self, frames, semitones):
-        """Moves frames (T, V) up, in place, as far as the keyboard allows."""
-        planes = frames[:, :-1].reshape(len(frames), 1 + self.onsets, KEYS)
-        frames[:, :-1] = move_keys(planes, semitones).reshape(frames[:, :-1].shape)
-
     def steps(self, frames):
         """How many steps of time frames (T, V) take."""
         return len(frames)
@@ -172,6 +172,7 @@ class Events(Representation):
     """A frame is one event: a note on (units 0..87), a note off (88..175), or a time shift of 1, 2, .. steps, eight
     beats at most; after Oore et al. 2018 (arXiv 1808.03715), without loudness. At one instant first notes go off, then
     on, both from the lowest key to the highest, so that a tune has one spelling."""
+    planes = 2
 
     def __init__(self, steps_per_beat=12):
         self.settings = dict(name='events', steps_per_beat=steps_per_beat)
@@ -219,11 +220,6 @@ class Events(Representation):
         beats = np.array(notes, dtype=np.float64).reshape(-1, 3) / [1, self.steps_per_beat, self.steps_per_beat]
         return beats[np.lexsort((beats[:, 0], beats[:, 1]))]
 
-    def transpose(self, frames, semitones):
-        """Moves frames (T, V) up, in place, as far as the keyboard allows."""
-        planes = frames[:, :2 * KEYS].reshape(len(frames), 2, KEYS)
-        frames[:, :2 * KEYS] = move_keys(planes, semitones).reshape(len(frames), 2 * KEYS)
-
     def steps(self, frames):
         """How many steps of time frames (T, V) take."""
         return int((frames[:, self.shift:-1] * np.arange(1, self.longest + 1)).sum())
@@ -241,8 +237,7 @@ def read_header(path):
 
 class AbcText(Representation):
     """A frame is one character of a tune's ABC text: newline or printable ASCII. A tune from an .abc file is its own
-    text, K, M, L and the music; one from MIDI is written down first."""
-    movable = False     # a text keeps the key in which it is written
+    text, M, L, P, V, K and the music; one from MIDI is written down first."""
     top_p = 0.98        # one unlikely character can make a text unreadable
     CHARACTERS = '\n' + ''.join(map(chr, range(32, 127)))
 
@@ -295,9 +290,6 @@ class AbcText(Representation):
         song, frames, semitones = super().opening(path, beats, common_key)
         text = self.text(frames).rstrip('|]\n ')           # it goes on, so it has no end
         return song, self.encode_text(text), semitones
-
-    def transpose(self, frames, semitones):
-        """Text is not transposed: a key is a way of writing."""
 
     def steps(self, frames):
         """Not known before the text is read; the clock is off."""
@@ -459,7 +451,7 @@ def load(data='nottingham', representation=None, common_key=None, log=print):
     tell_what_is_left_out([song for _, song in songs], log)
     keys = [song.sharps for _, song in songs]
     if common_key is None:
-        common_key = None not in keys and representation.movable
+        common_key = None not in keys and representation.planes > 0
     if common_key:
         songs = [(file, moved(song, common_key_shift(song))) for file, song in songs]
     splits = split_songs(songs, log)
@@ -700,7 +692,8 @@ def main():
     args = parser.parse_args()
     if args.out.suffix.lower() != '.npz':
         raise UserError(f'{args.out} has to end in .npz, by which --data knows it: give another name')
-    songs, skipped = read_music(args.music, print)
+    check_writable(args.out)
+    songs, skipped = read_music(args.music.resolve(), print)
     save_songs(args.out, songs, skipped)
     notes = sum(len(song.notes) for _, song in songs)
     print(f'{args.out}: {len(songs):,} songs, {notes:,} notes, {len(skipped):,} skipped')
@@ -715,15 +708,11 @@ def intervals(notes, steps_per_beat):
     Its lower 16 bits are the steps since the strike before, the others name (by a checksum) the keys that are struck,
     counted from the highest key of the strike before. It tells what is struck when, not how long it is held."""
     steps = np.floor(notes[:, :2] * [1, steps_per_beat] + 0.5).astype(np.int64)
+    strikes = [(step, np.sort(steps[steps[:, 1] == step, 0])) for step in np.unique(steps[:, 1])]
     tune = []
-    before = None
-    for step in np.unique(steps[:, 1]):
-        keys = np.sort(steps[steps[:, 1] == step, 0])
-        if before is not None:
-            name = zlib.crc32((keys - top).tobytes())
-            tune.append((name << 16) + min(step - before, 0xffff))
-        before = step
-        top = keys[-1]
+    for (before, last), (step, keys) in itertools.pairwise(strikes):
+        name = zlib.crc32((keys - last[-1]).tobytes())
+        tune.append((name << 16) + min(step - before, 0xffff))
     return np.array(tune, dtype=np.int64)
 
 

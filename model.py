@@ -152,7 +152,7 @@ class TimeMix(nn.Module):
         self.time_decay = nn.Parameter(-5 + 8 * (channel / max(1, C - 1)) ** (0.7 + 1.3 * depth))
         # ... its own weight for the present frame, in a zigzag so that neighbours differ ...
         self.time_first = nn.Parameter(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1.0))
-        # ... and its own share of the frame before
+        # ... and its own share of the present frame; the rest comes from the frame before
         mix = channel / C
         self.time_mix_k = nn.Parameter(mix ** (1 - ramp))
         self.time_mix_v = nn.Parameter(mix ** (1 - ramp) + 0.3 * depth)
@@ -569,7 +569,7 @@ class State(NamedTuple):
     past: torch.Tensor          # (B, W, V) the last frames, for looking back
     names: torch.Tensor         # (B, W) a number for each of them, see Lookback.names
     run: torch.Tensor           # (B, W) how long each lag has matched
-    blocks: tuple               # of each block what it makes it
+    blocks: tuple               # the state of each block, as it returned it
 
 
 class Model(nn.Module):
@@ -597,9 +597,7 @@ class Model(nn.Module):
         zero = torch.zeros(B, dtype=torch.long, device=frames.device)
         if past is None:
             past = frames.new_zeros(B, W, frames.shape[2])
-        if age is None:
-            age = zero
-            time = zero
+            age = time = zero
         names = self.look.names(past) if self.look else None
         run = zero.unsqueeze(1).expand(B, W)
         blocks = (None,) * len(self.blocks)

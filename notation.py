@@ -115,7 +115,7 @@ def is_alive(pid):
 class Song(NamedTuple):
     """A tune; what its file does not tell is None."""
     name: str
-    notes: np.ndarray   # (N, 3) float64 rows (key 0..87, onset, end), times in beats, sorted by (onset, key)
+    notes: np.ndarray   # (N, 3) rows (key 0..87, onset, end), times in beats, sorted by (onset, key)
     tempo: float = 120.0   # quarter notes a minute
     sharps: int | None = None   # of the key signature; below 0: flats
     minor: bool = False
@@ -123,7 +123,7 @@ class Song(NamedTuple):
     pickup: float | None = None   # the beat where the first full bar begins
     dropped: int = 0   # notes outside A0..C8, left out
     silence: float = 0.0   # beats of silence at the end, after the last note
-    text: str | None = None   # the ABC it was read from: its fields M, L and K, and the music
+    text: str | None = None   # the ABC it was read from: its fields M, L, P, V and K, and the music
 
 
 def song_from_rows(name, rows, **more):
@@ -185,11 +185,6 @@ def key_name(sharps, minor=False):
         sharps = signature(sharps)
     signs, letter = divmod(sharps + 1 + 3 * minor, 7)
     return FIFTHS[letter] + '#' * signs + 'b' * -signs + 'm' * minor
-
-
-def tonic(sharps, minor=False):
-    """Pitch class (C = 0) of the tonic of a key signature."""
-    return (7 * sharps + 9 * minor) % 12
 
 
 def estimate_key(notes):
@@ -262,10 +257,7 @@ def metre_text(notes, bar, pickup):
     notes = as_notes(notes)
     start = round(2 * pickup) % round(2 * bar) / 2
     scores = metre_scores(notes[is_melody(notes)], bar)
-    known = {name: score for (name, pickup), score in scores.items() if pickup == start}
-    if known:
-        return max(known, key=known.get)
-    return f'{bar:g}/4' if bar % 1 == 0 else f'{2 * bar:g}/8'
+    return max((name for name, begin in scores if begin == start), key=lambda name: scores[name, start])
 
 
 def metre_scores(notes, bar=None):
@@ -901,6 +893,8 @@ def write_abc(notes, name='', tempo=120.0, sharps=None, minor=False, metre=None,
     notes = one_per_key(as_notes(notes))
     if sharps is None:
         sharps, minor = estimate_key(notes)
+    elif abs(sharps) > 7:   # nobody writes so many signs: G# major is A flat
+        sharps = signature(sharps)
     metre, bar, pickup = fit_bars(notes, metre, pickup)
     title = unicodedata.normalize('NFKD', name).encode('ascii', 'ignore').decode()
     title = re.sub(r'[^ -~]|%', ' ', title).strip() or 'Untitled'

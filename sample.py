@@ -84,14 +84,12 @@ def with_key_and_metre(song):
     if song.sharps is None:
         sharps, minor = notation.estimate_key(song.notes)
         song = song._replace(sharps=sharps, minor=minor)
-    if song.metre is None or song.pickup is None:
-        bar, pickup = notation.metre(song.notes, notation.bar_beats(song.metre) if song.metre else None)
-        song = song._replace(metre=song.metre or notation.metre_text(song.notes, bar, pickup), pickup=pickup)
-    return song
+    metre, _, pickup = notation.fit_bars(song.notes, song.metre, song.pickup)
+    return song._replace(metre=metre, pickup=pickup)
 
 
 def candidates(model, representation, opening, args, generator):
-    """Composes until there are enough tunes, --best_of for each that is written, in the metre that is asked for."""
+    """Composes --best_of tunes for each that is written; and again, if too few are in the metre that is asked for."""
     wanted = args.num_samples * args.best_of
     start = time.perf_counter()
     found = []
@@ -192,7 +190,7 @@ def main():
         opening, frames, moved = representation.opening(args.prompt, args.prompt_beats, meta['common_key'])
     torch.set_num_threads(1)        # a frame is too little work to share between cores
     tunes = candidates(model, representation, frames, args, generator)
-    tempo = args.tempo or (opening.tempo if args.prompt else meta['tempo'])
+    tempo = args.tempo or (opening.tempo if len(opening.notes) else meta['tempo'])
     prompt_beats = 0.0 if args.no_prompt else opening.notes[:, 2].max(initial=0)
     songs = training_songs(meta)
     book = data.copy_book([data.intervals(song.notes, compare.GRID) for song in songs])

@@ -111,7 +111,7 @@ def complete(args, device, world):
     args.batch_size = args.batch_size or (32 if gpu else 8)
     args.dtype = args.dtype or ('bfloat16' if has_bfloat16(device) else 'float32')
     args.steps_per_beat = args.steps_per_beat or (12 if args.representation == 'events' else 4)
-    if args.data != 'nottingham':
+    if args.data not in ('nottingham', ''):
         args.data = str(Path(args.data).resolve())
     parts = world * args.gradient_accumulation_steps
     if args.batch_size % parts:
@@ -169,12 +169,12 @@ class Muon(torch.optim.Optimizer):
     with Nesterov's M' = mu M + (1 - mu) G. All matrices of a shape go through the products at once, in `dtype`.
     """
 
-    def __init__(self, matrices, lr, weight_decay, dtype, momentum=0.95):
+    def __init__(self, matrices, lr, weight_decay, dtype):
         shapes = sorted({p.shape for p in matrices})
         groups = [dict(params=[p for p in matrices if p.shape == shape]) for shape in shapes]
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
         self.dtype = dtype
-        self.mu = momentum
+        self.mu = 0.95
 
     @torch.no_grad()
     def step(self):
@@ -529,7 +529,6 @@ def train(args, saved=None):
         claim(setup.claim)
     describe(setup)
     run = restore(saved, setup) if saved else Run()
-    saved = None
     loss_of = torch.compile(model.loss) if args.compile else model.loss
     signals = catch_signals()
     begin = time.perf_counter() - run.seconds

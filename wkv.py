@@ -47,7 +47,7 @@ def wkv(w, u, k, v, state=None, backend=None):
         raise ValueError('wkv: w and u must be (C,), k and v (B, T, C), none of them 0 and both of one floating type, '
                          f'state (B, 3, C), and all on one device, not {found}')
     device = k.device.type
-    ready = k.dtype in (torch.float32, torch.bfloat16) and has_kernel(k.device)
+    ready = backend != 'torch' and k.dtype in (torch.float32, torch.bfloat16) and has_kernel(k.device)
     backend = backend or (device if ready else 'torch')
     if backend == 'torch':
         return wkv_torch(w, u, k, v, state)

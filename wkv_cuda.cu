@@ -57,7 +57,7 @@ typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
 static thread_local struct { int x, y; } blockIdx;
-static constexpr struct { int x, y; } threadIdx = {0, 0}, blockDim = {1, 1};
+static constexpr struct { int x, y; } threadIdx = {0, 0};
 #define FN inline __attribute__((always_inline))
 #define __global__ static
 #define SHARED(T) T part[4]
