@@ -76,7 +76,7 @@ class Representation:
     """What the three have in common. Each has V, encode, decode, steps, and `settings` to build it; heads that fit, the
     default first; beat and shift for the model's clock (see Config); steps_per_beat, and about as many frames_per_beat
     as a tune has."""
-    planes = 0          # of 88 keys each, with which the units begin; a text has none, it keeps the key it is written in
+    planes = 0          # of 88 keys each, with which the units begin; a text has none, and stays in its key
     top_p = 1.0         # in composing, unless a person asks for another
     left_out = 0        # notes of all songs so far for which there is no place in the frames
 
