@@ -179,11 +179,14 @@ def signature(fifths):
     return (fifths + 5) % 12 - 5
 
 
+def written(sharps):
+    """The signature that stands for so many sharps: nobody writes more than seven signs, so G# major is A flat."""
+    return signature(sharps) if abs(sharps) > 7 else sharps
+
+
 def key_name(sharps, minor=False):
-    """The key of a signature: (2, False) is 'D', (-1, True) is 'Dm'; nobody writes more than seven signs."""
-    if abs(sharps) > 7:
-        sharps = signature(sharps)
-    signs, letter = divmod(sharps + 1 + 3 * minor, 7)
+    """The key of a signature: (2, False) is 'D', (-1, True) is 'Dm'."""
+    signs, letter = divmod(written(sharps) + 1 + 3 * minor, 7)
     return FIFTHS[letter] + '#' * signs + 'b' * -signs + 'm' * minor
 
 
@@ -893,8 +896,7 @@ def write_abc(notes, name='', tempo=120.0, sharps=None, minor=False, metre=None,
     notes = one_per_key(as_notes(notes))
     if sharps is None:
         sharps, minor = estimate_key(notes)
-    elif abs(sharps) > 7:   # nobody writes so many signs: G# major is A flat
-        sharps = signature(sharps)
+    sharps = written(sharps)
     metre, bar, pickup = fit_bars(notes, metre, pickup)
     title = unicodedata.normalize('NFKD', name).encode('ascii', 'ignore').decode()
     title = re.sub(r'[^ -~]|%', ' ', title).strip() or 'Untitled'
@@ -918,8 +920,10 @@ def tune_text(song):
 
 def fit_bars(notes, text, pickup):
     """(metre as text, beats a bar, pickup), guessed where they are not known."""
-    bar, begins = metre(notes, text and bar_beats(text))
-    pickup = begins if pickup is None else pickup
+    bar = bar_beats(text) if text else None
+    if bar is None or pickup is None:
+        bar, begins = metre(notes, bar)
+        pickup = begins if pickup is None else pickup
     return text or metre_text(notes, bar, pickup), bar, pickup
 
 
