@@ -82,7 +82,7 @@ def parse_args(words=None):
         ('block_size', 256, number(int, 1), 'frames in a window'),
         ('max_minutes', 8.0, number(float, 0, 1e6), 'the schedule ends after so long; 0: --max_iters decides'),
         ('max_iters', 0, number(int, 0), 'the schedule ends after so many steps; 0: --max_minutes decides'),
-        ('learning_rate', 6e-3, number(float, 0), 'highest learning rate'),
+        ('learning_rate', 2e-2, number(float, 0), 'highest learning rate'),
         ('min_lr', 6e-5, number(float, 0), 'learning rate at the end'),
         ('warmup_iters', 50, number(int, 0), 'steps of linear warm-up, before the cosine decay'),
         ('weight_decay', 0.1, number(float, 0), 'on matrices only'),
