@@ -135,7 +135,8 @@ STYLE = '''svg{color:#57606a;font:11px sans-serif}path{fill:none;stroke:currentC
 .c0{color:#c2410c}.c1{color:#2563eb}.c2{color:#15803d}.c3{color:#a21caf}.c4{color:#0e7490}.c5{color:#854d0e}
 @media(prefers-color-scheme:dark){svg{color:#9aa4af}.title{color:#e6edf3}
 .c0{color:#fb923c}.c1{color:#60a5fa}.c2{color:#4ade80}.c3{color:#e879f9}.c4{color:#22d3ee}.c5{color:#facc15}}'''
-LEFT = 40               # pixels left of a piano roll; a line of 16 bars fills the page of 960
+LEFT = 40               # pixels left of a piano roll ...
+WIDTH = 912             # ... and of its widest line, which fills the page of 960
 
 
 def label(words):
@@ -171,13 +172,14 @@ class Drawing:
 
 
 def draw_roll(drawing, notes, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=None, styles=('c0', 'c1')):
-    """Add notes (N, 3) to a Drawing as a piano roll of 16 bars a line, each beginning with the pickup to its first bar.
+    """Add notes (N, 3) to a Drawing as a piano roll of 16 bars a line, the first with the pickup before them.
 
     The first prompt_beats stand on a shaded ground. lines: how many are drawn, of all. styles: of melody and chords."""
     notes = as_notes(notes)
     melody = is_melody(notes)
     bar = bar_beats(metre)
-    bars = math.ceil(notes[:, 2].max(initial=max(prompt_beats, 1)) / bar - 1e-6)
+    lead = pickup / bar
+    bars = max(1, math.ceil((notes[:, 2].max(initial=prompt_beats) - pickup) / bar - 1e-6))
     # whole octaves, that of middle C among them
     octave = (notes[:, 0] + 9) // 12
     octaves = range(int(octave.min(initial=4)), int(octave.max(initial=4)) + 1)
@@ -186,23 +188,25 @@ def draw_roll(drawing, notes, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=N
         top = drawing.bottom
         bottom = top + 60 * len(octaves)
 
-        def place(bars):
-            """Where so many bars of the tune are over, in pixels."""
-            return LEFT + 57 * (np.clip(bars, first, last) - first)
+        def place(beats):
+            """Where so many beats of the tune are over, in pixels; bar lines stand below one another."""
+            over = np.clip(beats / bar - lead, first or -lead, last)
+            return LEFT + WIDTH / (16 + lead) * (lead + over - first)
 
-        right = place(last)
-        prompt = place(prompt_beats / bar)
-        if prompt > LEFT:
-            drawing.strokes('prompt', bottom - top, f'M{LEFT} {(top + bottom) / 2}H{prompt:g}')
+        left = place(0)
+        right = place(bar * (last + lead))
+        prompt = place(prompt_beats)
+        if prompt > left:
+            drawing.strokes('prompt', bottom - top, f'M{left:g} {(top + bottom) / 2}H{prompt:g}')
         for i, number in enumerate(octaves):
-            drawing.strokes('line', 1, f'M{LEFT} {bottom - 60 * i}H{right:g}')
-            drawing.text(LEFT - 6, bottom - 60 * i, f'C{number}', 'end')
+            drawing.strokes('line', 1, f'M{left:g} {bottom - 60 * i}H{right:g}')
+            drawing.text(left - 6, bottom - 60 * i, f'C{number}', 'end')
         for number in range(first, last):
-            x = place(number + pickup / bar)
+            x = place(bar * (number + lead))
             drawing.strokes('line', 1, f'M{x:g} {top}V{bottom}')
             drawing.text(x + 2, bottom + 12, number + 1)
         y = bottom - 5 * (notes[:, 0] + 9.5 - 12 * octaves[0])
-        begin, end = place(notes[:, 1:].T / bar)
+        begin, end = place(notes[:, 1:].T)
         for style, part in zip(styles, (melody, ~melody)):
             marks = ''
             for i in np.flatnonzero(part & (begin < end)):

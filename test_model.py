@@ -3001,12 +3001,12 @@ def test_render_piano_roll(tmp_path):
 @pytest.mark.parametrize('metre, bar, pickup', [('3/4', 3, 0), ('4/4', 4, 1), ('6/8', 3, 0.5), ('9/8', 4.5, 1.5)])
 def test_render_bar_lines_and_long_tunes(tmp_path, metre, bar, pickup):
     path = tmp_path / 'a.svg'
-    beats = 40 * bar
+    beats = pickup + 40 * bar
     notes = [[51 + i % 12, i / 2, i / 2 + 0.5] for i in range(int(2 * beats))]
-    notes += [[27 + k, i * bar, i * bar + bar] for i in range(40) for k in (0, 4, 7)]
+    notes += [[27 + k, pickup + i * bar, pickup + i * bar + bar] for i in range(40) for k in (0, 4, 7)]
     render.write_svg(notes, path, metre, pickup)
-    # sixteen bars to a line, all of the same scale
-    expected = [40 + (pickup / bar + i % 16) * 57 for i in range(40)]
+    # sixteen bars to a line, all of the same scale, below one another
+    expected = [40 + (pickup / bar + i % 16) * 912 / (16 + pickup / bar) for i in range(40)]
     upright = [d for d in (p.get('d') for p in ET.parse(path).iter(SVG + 'path')) if 'V' in d]
     assert [float(d[1:].split()[0]) for d in upright] == pytest.approx(expected, abs=0.01)
     assert len(render_marks(path, 'c0')) == int(2 * beats) and len(render_marks(path, 'c1')) == 120
