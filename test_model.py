@@ -1025,12 +1025,8 @@ def test_data_load_common_key_where_all_files_tell_theirs(tmp_path):
 
     assert lowest() == lowest(data.Events()) == (True, [40, 45, 45])
     assert lowest(None, False) == lowest(data.AbcText()) == (False, [40, 40, 40])
-    train_args = train.parse_args([f'--data={tmp_path}', '--block_size=4', f'--out_dir={tmp_path}/out'])
-    assert train.set_up(train_args).args.transpose == 0
     notation.write_midi(np.array([[40, 0, 1]]), tmp_path / 'untold.mid')
     assert lowest() == (False, [40, 40, 40, 40])
-    train_args.transpose = train_args.common_key = None
-    assert train.set_up(train_args).args.transpose == 6
 
 
 def test_data_load_tells_what_has_no_place_in_abc_text(tmp_path):

@@ -59,9 +59,8 @@ def parse_args(words=None):
         ('steps_per_beat', None, number(int, 1, 96), 'steps to a quarter note (default: 4; for events 12)'),
         ('onsets', True, FLAG, 'frames of a piano_roll tell struck keys from held ones'),
         ('common_key', None, FLAG, 'move every tune to C major or A minor (default: where all files tell their key)'),
-        ('transpose', None, number(int, 0, 87),
-         'each window is moved at random, at first by so many semitones either way at most, at last by none '
-         '(default: 6; in a common key 0)'))
+        ('transpose', 6, number(int, 0, 87),
+         'each window is moved at random, at first by so many semitones either way at most, at last by none'))
     add_options(
         parser, 'model',
         ('arch', 'rwkv', dict(choices=tuple(models.ARCHITECTURES)), 'the architecture'),
@@ -423,8 +422,6 @@ def set_up(args):
     if world > 1 and not rank:
         dist.barrier()
     args.common_key = dataset.common_key
-    if args.transpose is None:
-        args.transpose = 0 if dataset.common_key else 6
     dataset.batch('train', 1, args.block_size, 0, np.random.default_rng())     # complains if there is too little music
     model = models.Model(make_config(args, dataset.representation, device)).to(device)
     try:
