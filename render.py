@@ -178,35 +178,35 @@ def draw_roll(drawing, notes, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=N
     notes = as_notes(notes)
     melody = is_melody(notes)
     bar = bar_beats(metre)
-    lead = pickup / bar
+    lead = pickup / bar                 # bars before the first bar line
     bars = max(1, math.ceil((notes[:, 2].max(initial=prompt_beats) - pickup) / bar - 1e-6))
     # whole octaves, that of middle C among them
     octave = (notes[:, 0] + 9) // 12
     octaves = range(int(octave.min(initial=4)), int(octave.max(initial=4)) + 1)
     for first in range(0, bars, 16)[:lines]:
+        begins = first if first else -lead
         last = min(first + 16, bars)
         top = drawing.bottom
         bottom = top + 60 * len(octaves)
 
-        def place(beats):
-            """Where so many beats of the tune are over, in pixels; bar lines stand below one another."""
-            over = np.clip(beats / bar - lead, first or -lead, last)
-            return LEFT + WIDTH / (16 + lead) * (lead + over - first)
+        def place(bars):
+            """Where so many bars after the first bar line are over, in pixels; bar lines stand below one another."""
+            return LEFT + WIDTH / (16 + lead) * (lead + np.clip(bars, begins, last) - first)
 
-        left = place(0)
-        right = place(bar * (last + lead))
-        prompt = place(prompt_beats)
+        left = place(begins)
+        right = place(last)
+        prompt = place(prompt_beats / bar - lead)
         if prompt > left:
             drawing.strokes('prompt', bottom - top, f'M{left:g} {(top + bottom) / 2}H{prompt:g}')
         for i, number in enumerate(octaves):
             drawing.strokes('line', 1, f'M{left:g} {bottom - 60 * i}H{right:g}')
             drawing.text(left - 6, bottom - 60 * i, f'C{number}', 'end')
         for number in range(first, last):
-            x = place(bar * (number + lead))
+            x = place(number)
             drawing.strokes('line', 1, f'M{x:g} {top}V{bottom}')
             drawing.text(x + 2, bottom + 12, number + 1)
         y = bottom - 5 * (notes[:, 0] + 9.5 - 12 * octaves[0])
-        begin, end = place(notes[:, 1:].T)
+        begin, end = place(notes[:, 1:].T / bar - lead)
         for style, part in zip(styles, (melody, ~melody)):
             marks = ''
             for i in np.flatnonzero(part & (begin < end)):
