@@ -188,29 +188,31 @@ def check_size(args, model, representation):
                         f'--length={args.length:g} is too much at once: ask for fewer or shorter tunes')
 
 
-def best(tunes, songs, count):
-    """The count best Tunes, the best first: those that are most like a training song."""
-    if len(tunes) == 1 or not songs:
+def best(tunes, songs, count, seed):
+    """count of the Tunes: the one nearest to any of the songs; or, where several are to be as unlike each other as songs
+    are, for each a song is drawn and the tune nearest to it is taken, the one that is nearest to its song first."""
+    if not songs:
         return sorted(tunes, key=lambda tune: not tune.ended)[:count]
-    nearest = distance_to_songs(tunes, songs)
-    return [tunes[i] for i in np.argsort(nearest, kind='stable')[:count]]
-
-
-def best_of_each(tunes, songs, count):
-    """Of every count Tunes the one that is most like a training song."""
+    apart = distances(tunes, songs)
     if count == 1:
-        return tunes
-    nearest = distance_to_songs(tunes, songs)
-    return [tunes[i + nearest[i:i + count].argmin()] for i in range(0, len(tunes), count)]
+        return [tunes[apart.min(1).argmin()]]
+    rng = np.random.default_rng(seed)
+    taken = []
+    for _ in range(min(count, len(tunes))):
+        song = rng.integers(apart.shape[1])
+        nearest = apart[:, song].argmin()
+        taken.append((apart[nearest, song], nearest))
+        apart[nearest] = math.inf
+    return [tunes[i] for _, i in sorted(taken)]
 
 
-def distance_to_songs(tunes, songs):
-    """How far Tunes are from the nearest song: (tunes,). A tune is a point, its features in units of their spread among
-    the songs."""
+def distances(tunes, songs):
+    """How far Tunes are from some of the songs, (tunes, songs). A tune is a point, its features in units of their
+    spread among the songs."""
     real = points([(song.notes, True) for song in some(songs)])
     composed = points([(tune.song.notes, tune.ended) for tune in tunes])
     apart = np.abs(composed[:, None] - real) / (real.std(0) + 1e-3)     # (tunes, songs, features)
-    return apart.mean(2).min(1)
+    return apart.mean(2)
 
 
 def points(tunes):
@@ -294,7 +296,8 @@ def model_column(name, model, dataset, real, book, args):
     if not composed:
         raise UserError(f'{name} composed no tune that can be read: train it for longer')
     train.say(f'{name}: measuring the tunes', passing=True)
-    tunes = sorted(best_of_each(composed, dataset.songs['train'], args.best_of), key=lambda tune: tune.nats)
+    tunes = best(composed, dataset.songs['train'], args.num_samples, args.seed)
+    tunes.sort(key=lambda tune: tune.nats)
     median = tunes[len(tunes) // 2]
     facts['nats a frame of its median tune'] = f'{median.nats:.3f}'
     measured = [all_features(tune.song.notes, book, tune.ended) for tune in tunes]
@@ -371,7 +374,7 @@ def parse_args():
     data.add_options(
         parser, 'composing',
         ('num_samples', 100, number(int, 1, 1000), 'tunes of each model, composed side by side'),
-        ('best_of', 1, number(int, 1, 100), 'each is the best of so many (as in sample.py; there 8)'),
+        ('best_of', 1, number(int, 1, 100), 'so many are composed for each of them (as in sample.py; there 8)'),
         *COMPOSING,
         ('seed', 1, number(int, 0, 2 ** 63 - 1), 'the same seed gives the same tunes'),
         ('device', 'cpu', str, 'cpu, cuda, ...'))

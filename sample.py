@@ -194,7 +194,7 @@ def main():
     prompt_beats = 0.0 if args.no_prompt else opening.notes[:, 2].max(initial=0)
     songs = training_songs(meta)
     book = data.copy_book([data.intervals(song.notes, compare.GRID) for song in songs])
-    for name, tune in zip(names, compare.best(tunes, songs, args.num_samples)):
+    for name, tune in zip(names, compare.best(tunes, songs, args.num_samples, seed)):
         song = finished(tune.song, opening, args, moved, meta)
         line = write(song, name, tempo, prompt_beats)
         line += f', {tune.nats:.3f} nats/frame, {len(song.notes)} notes, {song.notes[:, 2].max(initial=0):g} beats'

@@ -3180,20 +3180,25 @@ def compare_model(folder, arch, representation):
     model.save_checkpoint(folder / f'{arch}.pt', net, meta=meta, step=1, valid=1.0)
 
 
-def test_compare_best_is_nearest_to_a_song():
+def test_compare_best_are_those_nearest_to_songs_that_are_drawn():
     rng = np.random.default_rng(0)
     songs = [Song('', compare_line(39 + rng.integers(0, 13, 32))) for _ in range(5)]
     circling = compare.Tune(Song('', compare_line([39, 41] * 16)), 0.1, True)
-    endless = compare.Tune(songs[3], 0.5, False)
-    real = compare.Tune(songs[3], 0.9, True)
-    assert compare.best([circling, endless, real], songs, 2) == [real, endless]
-    assert compare.best([circling, endless, real], songs, 3) == [real, endless, circling]
+    endless = [compare.Tune(song, 0.5, False) for song in songs]
+    real = [compare.Tune(song, 0.9, True) for song in songs]
+    tunes = [circling, *endless, *real]
+    # one alone is the nearest to any song
+    assert compare.best([circling, *endless, real[3]], songs, 1, 0)[0] is real[3]
+    # of several, each is the nearest to its own song, and every song is drawn by some seed
+    taken = {id(tune) for seed in range(30) for tune in compare.best(tunes, songs, 2, seed)}
+    assert set(map(id, real)) <= taken and id(circling) not in taken
+    # no tune is taken twice, and what is like no song comes last
+    for seed in range(5):
+        every = compare.best(tunes, songs, 20, seed)
+        assert sorted(map(id, every)) == sorted(map(id, tunes))
+        assert every[0].ended and every[-1] is circling
     # without songs, those that ended come first
-    assert compare.best([endless, circling, real], [], 2) == [circling, real]
-    # of each two; the last is alone
-    tunes = [circling, endless, real, circling, circling]
-    assert compare.best_of_each(tunes, songs, 2) == [endless, real, circling]
-    assert compare.best_of_each(tunes, songs, 1) == tunes
+    assert compare.best([endless[0], circling, real[1]], [], 2, 0) == [circling, real[1]]
 
 
 @pytest.mark.parametrize('asked, representation, taken', [
