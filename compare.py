@@ -189,8 +189,8 @@ def check_size(args, model, representation):
 
 
 def best(tunes, songs, count, seed):
-    """count of the Tunes: the one nearest to any of the songs; or, where several are to be as unlike each other as songs
-    are, for each a song is drawn and the tune nearest to it is taken, the one that is nearest to its song first."""
+    """count of the Tunes: the one nearest to any of the songs; or, where several are to be as unlike each other as
+    songs are, for each a song is drawn and the tune nearest to it is taken, the nearest pair first."""
     if not songs:
         return sorted(tunes, key=lambda tune: not tune.ended)[:count]
     apart = distances(tunes, songs)

@@ -114,14 +114,6 @@ class Representation:
             keys[:] = np.roll(planes, semitones, axis=2).reshape(keys.shape)
 
 
-def read_song(path):
-    """The first tune in a .mid or .abc file."""
-    songs, skipped = read_file(File(path.name, path))
-    if not songs:
-        raise UserError(f'{path} has no tune that can be read ({skipped[0]}): give another --prompt')
-    return songs[0]
-
-
 class PianoRoll(Representation):
     """A frame is a step of time and says of each key whether it is struck in it (units 0..87) or still held from
     before (88..175). With onsets=False there is one plane, on wherever a key sounds; repeated notes melt together."""
@@ -225,16 +217,6 @@ class Events(Representation):
         return int((frames[:, self.shift:-1] * np.arange(1, self.longest + 1)).sum())
 
 
-def read_header(path):
-    """The fields M, L and K of an ABC file that has no music in it, as tune_text orders them; '' if it has some."""
-    lines = read_bytes(path, MAX_FILE).decode('latin-1').splitlines()
-    fields = [line.strip() for line in lines if re.match('[A-Za-z]:', line)]
-    if any(line.strip() and not re.match('[A-Za-z]:|%', line) for line in lines):
-        return ''
-    kept = {field[0]: field for field in fields if field[0] in 'MLK'}
-    return ''.join(f'{kept[name]}\n' for name in 'MLK' if name in kept)
-
-
 class AbcText(Representation):
     """A frame is one character of a tune's ABC text: newline or printable ASCII. A tune from an .abc file is its own
     text, M, L, P, V, K and the music; one from MIDI is written down first."""
@@ -254,12 +236,12 @@ class AbcText(Representation):
         """A Song to frames (T, V) uint8. Raises UserError above MAX_FRAMES characters."""
         text, left_out = tune_text(song)
         self.left_out += left_out
-        return self.encode_text(text)
+        return self.encode_text(text, song.name)
 
-    def encode_text(self, text):
-        """ABC text to frames (T, V) uint8; raises UserError for a character that is not in CHARACTERS."""
+    def encode_text(self, text, name='the prompt'):
+        """ABC text to frames (T, V) uint8; raises UserError for too many characters, or one not in CHARACTERS."""
         if len(text) > MAX_FRAMES:
-            raise UserError(f'a tune has more than {MAX_FRAMES:,} characters: cut it')
+            raise UserError(f'{name} has more than {MAX_FRAMES:,} characters of ABC: cut it, or leave it out')
         unknown = set(text) - set(self.CHARACTERS)
         if unknown:
             raise UserError(f'{min(unknown)!r} is no character that a model of ABC text knows: use plain ASCII')
@@ -512,6 +494,23 @@ def read_file(file):
     return songs, skipped
 
 
+def read_song(path):
+    """The first tune in a .mid or .abc file."""
+    songs, skipped = read_file(File(path.name, path))
+    if not songs:
+        raise UserError(f'{path} has no tune that can be read ({skipped[0]}): give another --prompt')
+    return songs[0]
+
+
+def read_header(path):
+    """The fields M, L and K of an ABC file that has no music in it, as tune_text orders them; '' if it has some."""
+    lines = read_bytes(path, MAX_FILE).decode('latin-1').splitlines()
+    if any(line.strip() and not re.match('[A-Za-z]:|%', line) for line in lines):
+        return ''
+    kept = {line[0]: line.strip() for line in lines if re.match('[MLK]:', line)}
+    return ''.join(f'{kept[name]}\n' for name in 'MLK' if name in kept)
+
+
 @functools.lru_cache(1)
 def open_zip(path):
     return zipfile.ZipFile(io.BytesIO(read_bytes(path)))
@@ -602,10 +601,9 @@ def find_nottingham(log):
         log(f'downloading Nottingham from {host}')
         try:
             keep_nottingham(nottingham_files(download(url)))
+            return f'Nottingham, {NOTTINGHAM}', NOTTINGHAM
         except Exception as e:  # no network, no such archive, a bad one, or no room: try the next
             trouble.append(f'{host}: {e}')
-            continue
-        return f'Nottingham, {NOTTINGHAM}', NOTTINGHAM
     trouble = '; '.join(trouble)
     if not TUNES.exists():
         raise UserError(f'there is neither Nottingham ({trouble}) nor {TUNES}: give --data your own music')

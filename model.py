@@ -10,7 +10,7 @@ Every architecture reads binary frames (B, T, V) and answers for each the distri
     model.head.sample(out[:, -1])           # (B, V): the next frame, drawn
 
 The same call trains (T = a window) and composes (T = 1, state carried); the numbers agree. All that is known of music
-here is that the last unit of a frame is the boundary between tunes, and how long a beat is.
+here: the last unit of a frame is the boundary between tunes, which units move time, and how long a beat is.
 """
 
 import bisect
@@ -472,7 +472,7 @@ class SoftmaxHead(LinearHead):
     def sample(self, logits, temperature=1.0, top_p=1.0, generator=None, may_end=True):
         logits = logits.float()
         if not may_end:
-            logits = logits.index_fill(-1, torch.tensor([logits.shape[-1] - 1], device=logits.device), -math.inf)
+            logits = F.pad(logits[..., :-1], (0, 1), value=-math.inf)
         unit = choose(logits, temperature, top_p, generator)
         return F.one_hot(unit, logits.shape[-1]).to(torch.uint8)
 

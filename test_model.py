@@ -2764,6 +2764,14 @@ def test_validations_are_about_twenty(words, step_takes, validation_takes, wante
     assert wanted < 20 or np.diff(at).max() < 0.07
 
 
+def test_validations_go_on_where_a_finished_run_is_made_longer():
+    args = train.parse_args(['--max_iters=4000', '--max_minutes=0'])
+    run = train.Run(step=2000, validated=train.VALIDATIONS, validated_at=2000)
+    while not train.is_due(run, args):
+        run.step += 1
+    assert run.step == 2000 + 10 * train.EVAL_STEPS
+
+
 @pytest.mark.parametrize('flags, has', [
     ('flags: fpu avx512f avx512_bf16 amx_tile', True), ('flags: fpu amx_bf16', True), ('', False),
     ('Features: asimd svebf16 bf16 i8mm', True), ('flags: fpu avx2 avx512f avx512vl', False)])

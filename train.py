@@ -254,7 +254,6 @@ def evaluate(model, dataset, split, most=math.inf, batch_size=16):
     """The Score of a model on a split, each song read from its own start; nan where nothing is counted. Of more frames
     than `most` a sample of the songs is read, of all lengths. Processes share the songs."""
     rank, world = ranks()
-    training = model.training
     model.eval()
     device = next(model.parameters()).device
     every = math.ceil(dataset.lengths(split).sum() / most)
@@ -267,7 +266,6 @@ def evaluate(model, dataset, split, most=math.inf, batch_size=16):
         counted = (t >= 2) & (t <= lengths)                         # frame 1 has no past; past T is padding
         sums += torch.stack((nats[counted].sum(), counted.sum(), nats[t <= lengths + 1].sum(),
                              beats.sum().to(device), torch.tensor(len(x), device=device)))
-    model.train(training)
     nats, frames, all_nats, beats, songs = together(sums.tolist(), device)
     if not frames:
         return Score(math.nan, math.nan, int(songs), 0)
@@ -283,8 +281,8 @@ class Run:
     numbers from the seed and its own number."""
     step: int = 0
     seconds: float = 0.0                            # of training so far
-    validated: int = 0                              # how many twentieths of the run have been validated ...
-    validated_at: int = 0                           # ... and the step of the latest validation
+    validated: int = 0                              # the twentieth of the run that was validated last ...
+    validated_at: int = 0                           # ... and at which step
     best: float = math.inf                          # lowest validation loss ...
     weights: dict = field(default_factory=dict)     # ... and the weights that had it
     rows: list = field(default_factory=list)        # of the table <arch>.csv
@@ -319,7 +317,8 @@ def is_due(run, args):
         return True
     if args.eval_interval:
         return run.step % args.eval_interval == 0
-    return done * VALIDATIONS >= run.validated + 1 and run.step - run.validated_at >= 10 * EVAL_STEPS
+    # not >: with a longer schedule --resume goes on in an earlier twentieth than the last one that was validated
+    return int(done * VALIDATIONS) != run.validated and run.step - run.validated_at >= 10 * EVAL_STEPS
 
 
 def save_rows(path, rows):
@@ -358,9 +357,6 @@ def load_last(path):
     _, saved = models.load_checkpoint(path)
     try:
         saved['run'] = Run(**saved['run'])
-        saved['options'] = [str(word) for word in saved['options']]
-        saved['optimizers'] = list(saved['optimizers'])
-        saved['average'] = dict(saved['average'])
     except (KeyError, TypeError):
         raise UserError(f'{path} is not a run that can go on: train without --resume') from None
     return saved
@@ -375,12 +371,9 @@ def restore(saved, setup):
         if now[name] != then[name] and name != 'dropout':
             raise UserError(f'{path} is of a model with {name} {then[name]}, the options or the data make it '
                             f'{now[name]}: leave out what changes the model, or train without --resume')
-    try:
-        for optimizer, state in zip(setup.optimizers, saved['optimizers'], strict=True):
-            # the groups hold learning rate and weight decay, which are for the options to say
-            optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()['param_groups']))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f'{path} is not a run that can go on: train without --resume') from None
+    for optimizer, state in zip(setup.optimizers, saved['optimizers'], strict=True):
+        # the groups hold learning rate and weight decay, which are for the options to say
+        optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()['param_groups']))
     setup.model.load_state_dict(saved['model'])
     setup.average.load_state_dict(saved['average'])
     run = saved['run']
@@ -515,6 +508,12 @@ def catch_signals():
     return caught
 
 
+def obey_signals():
+    """They end the program again, as before catch_signals."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def train(args, saved=None):
     """Trains as the options say, anew or from a saved <arch>.last.pt. Returns the signal that stopped it, or 0."""
     rank, world = ranks()
@@ -532,7 +531,8 @@ def train(args, saved=None):
     while True:
         # the first process has the clock, any of them may have got a signal; all must decide alike
         run.seconds = time.perf_counter() - begin
-        done, due = (progress(run, args), is_due(run, args)) if rank == 0 else (0.0, False)
+        done = progress(run, args) if rank == 0 else 0.0
+        due = rank == 0 and is_due(run, args)
         done, due, stopped = together([done, due, max(signals, default=0)], device, largest=True)
         if stopped:
             save_last(setup, run)
@@ -545,8 +545,9 @@ def train(args, saved=None):
 
         began = time.perf_counter()
         lr = lr_at(run.step, done, args)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group['lr'] = lr
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = lr
         # every process draws the whole batch and keeps its rows, so that their number does not change the music;
         # dropout differs. Seeds are made of the step, so that a resumed run goes on with the same random numbers
         rng = np.random.default_rng((args.seed, run.step))
@@ -567,12 +568,13 @@ def train(args, saved=None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         run.losses.append(together([loss.item()], device)[0] / world)
-        check_finite(run.losses[-1], norm.item(), setup, run)
+        check_finite(run.losses[-1], norm.item(), run.step)
         run.step += 1
         update_average(average, model, run.step)
         run.spent += time.perf_counter() - began
         if run.step % args.log_interval == 0:
             log_progress(run, args, lr, time.perf_counter() - begin)
+    obey_signals()      # all that --resume needs is saved, the rest can be done again
     finish(setup, run)
     return 0
 
@@ -585,13 +587,12 @@ def update_average(average, model, step):
         mean.lerp_(weight, min(1.0, 10 / step))
 
 
-def check_finite(loss, norm, setup, run):
+def check_finite(loss, norm, step):
     """Raises UserError, before anything is saved, if the numbers have run away."""
     for name, value in (('loss', loss), ('length of the gradient', norm)):
         if not math.isfinite(value):
-            raise UserError(f'the {name} is {value} at step {run.step}, most likely since the learning rate is too '
-                            f'high: lower --learning_rate or --grad_clip and train again; '
-                            f'{setup.best} has the best model so far')
+            raise UserError(f'the {name} is {value} at step {step}, most likely since the learning rate is too high: '
+                            'lower --learning_rate or --grad_clip and train again')
 
 
 def log_progress(run, args, lr, seconds):
@@ -650,8 +651,7 @@ def main():
         if stopped:
             sys.exit(128 + stopped)
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        obey_signals()
 
 
 if __name__ == '__main__':
