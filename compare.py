@@ -62,7 +62,7 @@ def features(notes, ended):
     steps = roll.encode(Song('', notes)) @ np.random.default_rng(0).integers(1 << 50, size=roll.V)
     below = roll.encode(Song('', chords)).any(1)
     beats = notes[:, 2].max()
-    bar, pickup = notation.metre(notes)
+    bar, pickup = notation.estimate_metre(notes)
     after_bar_line = (beats - pickup + 0.01) % bar
     return {
         'notes in scale': mean(np.isin(degrees, (0, 2, 4, 5, 7, 9, 11))),
@@ -356,7 +356,7 @@ def draw(real, training, models, losses):
         render.draw_chart(drawing, losses)
     draw_distances(drawing, [*models, training])
     for i, column in [(len(models), real), *enumerate(models)]:
-        bar, pickup = notation.metre(column.notes)
+        bar, pickup = notation.estimate_metre(column.notes)
         metre = notation.metre_text(column.notes, bar, pickup)
         title = 'one of the' if column is real else 'the median tune of'
         drawing.text(8, drawing.bottom + 18, f'{title} {render.label(column.name)}, {metre}', 'title')
@@ -409,9 +409,9 @@ def main():
             train.say('measuring the real songs', passing=True)
             real, training, book = read_real(dataset, args.split, args.length)
         models.append(model_column(name, model, dataset, real, book, args))
-        points = render.read_losses(path.with_suffix('.csv'))
-        if len(points):
-            losses[name] = points
+        curve = render.read_losses(path.with_suffix('.csv'))
+        if len(curve):
+            losses[name] = curve
     rows = make_table([real, training, *models])
     train.say('', passing=True)
     print_table(rows)

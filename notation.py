@@ -241,7 +241,7 @@ def bar_beats(metre):
     return 4 * int(count) / int(unit)
 
 
-def metre(notes, bar=None):
+def estimate_metre(notes, bar=None):
     """(beats a bar, the beat where the first full bar begins) of notes (N, 3), from the notes alone.
 
     bar: the beats a bar where they are known; else it is 2, 3, 4 or 4.5. Of all metres and pickups, on half beats, it
@@ -525,7 +525,7 @@ ALTER = {'^': 1, '^^': 2, '=': 0, '_': -1, '__': -2, '#': 1, 'b': -1, '': 0}
 MODES = dict(maj=0, ion=0, lyd=1, mix=-1, dor=-2, min=-3, aeo=-3, m=-3, phr=-4, loc=-5)
 # What may stand behind the root of a chord symbol, and the notes above the root; EXTRAS, sevenths and the like, are
 # left out
-EXTRAS = r'(?:maj|M|add|[\d#b+/-])*'
+EXTRAS = r'(?:[Mm]aj|M|add|[\d#b+/-])*'
 TRIADS = {r'\d*sus4?': (0, 5, 7), r'\d*sus2': (0, 2, 7), r'/?d|/?dim\d*|o7?|m7b5': (0, 3, 6),
           r'(?:aug|\+)7?|7?(?:\+|#5)': (0, 4, 8), rf'(?:min|mi|m|-){EXTRAS}': (0, 3, 7), EXTRAS: (0, 4, 7)}
 MARK = re.compile(r'(?i)(?P<DC>d\. ?c\b|da ?capo)|(?P<DS>d\. ?s\b|dal ?segno)|(?P<fine>\bfine\b)|(?P<segno>^S$|segno)')
@@ -598,7 +598,8 @@ def read_tune(title, tune, defaults):
         page.take(letter, value)
     page.unit = page.unit or Fraction(1, 16 if page.bar and page.bar < Fraction(3, 4) else 8)
     # field lines in the body become inline fields, or nothing where they make no sound; a line "A:|" is music
-    body = re.sub(r'(?m)^([A-Za-z+]):(?![|:])(.*)\n?', lambda m: f'[{m[0].strip()}]\n' * (m[1] in 'KLMPQV'), body)
+    body = re.sub(r'(?m)^([A-Za-z+]):(?![|:])(.*)\n?',
+                  lambda m: f'[{m[1]}:{m[2].strip()}]\n' * (m[1] in 'KLMPQV'), body)
     if len(set(re.findall(r'\[V:\s*([^\]\s]*)', body))) > 1:
         raise UserError('it has several voices')
     # what the header says, before the music changes it
@@ -638,9 +639,9 @@ def spell_parts(page, order, body):
 
 def read_key(value):
     """The text of a K: field to (letter -> semitones up, sharps or None, minor); None if it only names a clef."""
-    value = re.sub(r'[\w-]+=\S*', '', value).strip()
-    if re.match(r'(?:treble|bass|alto|tenor|perc|soprano|mezzo|baritone|[+-]8)', value):
+    if re.match(r'(?:[a-z]{2,}=|treble|bass|alto|tenor|perc|soprano|mezzo|baritone|[+-]8)', value):
         return None
+    value = re.sub(r'[a-z]{2,}=\S*', '', value)
     value = re.sub('^H[Pp]', 'D', value)   # Highland pipes play F# and C#
     modes = r'(?i:maj|ion|min|aeo|mix|dor|phr|lyd|loc|exp)|m(?![a-z])|'
     m = re.match(rf'none|$|([A-Ga-g])([#b]?)\s*({modes})', value)
@@ -700,7 +701,7 @@ class Page:
     def take(self, letter, value):
         """Take note of a field; those that are not here do not sound."""
         if letter == 'M':
-            m = re.match(r'(\d\d?)\s*/\s*([1-9]\d?)', {'C': '4/4', 'C|': '2/2'}.get(value, value))
+            m = re.match(r'(\d\d?)\s*/\s*(1|2|4|8|16|32|64)(?!\d)', {'C': '4/4', 'C|': '2/2'}.get(value, value))
             self.bar = Fraction(int(m[1]), int(m[2])) if m else None
             self.metre = f'{m[1]}/{m[2]}' if m else 'none'
         elif letter == 'L':
@@ -781,6 +782,8 @@ class Page:
             note = 60 + 12 * octaves + SCALE.index(letter) + semitones + self.shift
             if not sign and place in before.tied:   # a tie carries the alteration over the bar line
                 note = before.notes[place]
+            if place in self.last.notes:   # [c^c]: a letter may come twice
+                place += sign
             self.last.notes[place] = note
             if tie:
                 self.last.tied.add(place)
@@ -873,8 +876,9 @@ BEAT = 24               # ticks in a beat: a multiple of 3 is a 32nd note, a mul
 # plain and dotted notes, in eighths, the unit of what we write
 SINGLE = (16, 12, 8, 6, 4, 3, 2, 1.5, 1, 0.75, 0.5, 0.25)
 # semitones of the notes above the root -> what stands behind the root's name
-QUALITIES = {'0 4 7': '', '0 3 7': 'm', '0 3 6': 'dim', '0 4 8': 'aug', '0 5 7': 'sus4', '0 4 7 10': '7',
-             '0 3 7 10': 'm7', '0 4 7 11': 'maj7', '0 3 6 9': 'dim7', '0 3 6 10': 'm7b5', '0 4': '', '0 3': 'm'}
+QUALITIES = {(0, 4): '', (0, 3): 'm', (0, 4, 7): '', (0, 3, 7): 'm', (0, 3, 6): 'dim', (0, 4, 8): 'aug',
+             (0, 5, 7): 'sus4', (0, 4, 7, 10): '7', (0, 3, 7, 10): 'm7', (0, 4, 7, 11): 'maj7',
+             (0, 3, 6, 9): 'dim7', (0, 3, 6, 10): 'm7b5'}
 
 
 class Tick(NamedTuple):
@@ -918,13 +922,13 @@ def tune_text(song):
     return re.sub(r'(?m)^[XTQ]:.*\n', '', text), left_out
 
 
-def fit_bars(notes, text, pickup):
+def fit_bars(notes, metre, pickup):
     """(metre as text, beats a bar, pickup), guessed where they are not known."""
-    bar = bar_beats(text) if text else None
+    bar = bar_beats(metre) if metre else None
     if bar is None or pickup is None:
-        bar, begins = metre(notes, bar)
+        bar, begins = estimate_metre(notes, bar)
         pickup = begins if pickup is None else pickup
-    return text or metre_text(notes, bar, pickup), bar, pickup
+    return metre or metre_text(notes, bar, pickup), bar, pickup
 
 
 def snap(notes, first):
@@ -986,7 +990,7 @@ def name_chord(group):
                 continue
             for root in members:
                 steps = sorted((note.key - root.key) % 12 for note in members)
-                quality = QUALITIES.get(' '.join(map(str, steps)))
+                quality = QUALITIES.get(tuple(steps))
                 if quality is not None:
                     return root.key % 12, quality, members
     return 0, '', ()
@@ -1034,9 +1038,9 @@ def write_slice(notes, onset, end, in_triplet, staff):
     pieces = []
     left = Fraction(end - onset, 8 if in_triplet else 12)   # in eighths; three of a triplet take the time of two
     while left:
-        length = left if in_triplet else next((single for single in SINGLE if single <= left), left)
-        left -= Fraction(length)
-        text = re.sub(r'^1\b', '', str(Fraction(length))).replace('/2', '/')
+        length = left if in_triplet else Fraction(next(single for single in SINGLE if single <= left))
+        left -= length
+        text = re.sub(r'^1\b', '', str(length)).replace('/2', '/')
         names = [staff.note(note.key) + text + '-' * (left > 0 or note.end > end) for note in notes]
         piece = ''.join(names) or 'z' + text
         pieces.append(f'[{piece}]' if len(names) > 1 else piece)

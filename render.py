@@ -261,7 +261,7 @@ def read_losses(path):
 
 
 def ticks(low, high):
-    """Three to seven round numbers from low to high."""
+    """Two to eight round numbers from low to high."""
     unit = 10.0 ** math.floor(math.log10(high - low))
     step = next(part * unit for part in (0.2, 0.5, 1, 2) if high - low <= 7 * part * unit)
     return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)

@@ -26,7 +26,6 @@ from notation import KEYS
 from notation import Song
 from notation import UserError
 
-METRES = ('2/4', '3/4', '4/4', '6/8', '9/8')
 SUFFIXES = ('.mid', '.abc', '.wav', '.svg')
 ROUNDS = 8              # how often more tunes are composed for those that --metre asks for
 
@@ -49,7 +48,7 @@ def parse_args():
         ('num_samples', 1, number(int, 1, 1000), 'tunes to write, the best first'),
         ('best_of', 8, number(int, 1, 1000), 'tunes composed, side by side, for each that is written'),
         *compare.COMPOSING,
-        ('metre', None, dict(choices=METRES), 'keep only tunes in this metre (default: any)'),
+        ('metre', None, dict(choices=sorted(notation.BARS)), 'keep only tunes in this metre (default: any)'),
         ('seed', None, number(int, 0, 2 ** 63 - 1), 'the same seed, the same files (default: a new one, printed)'),
         ('prompt', None, Path, 'a .mid or .abc file to continue; for ABC text also fields alone, as M:6/8'),
         ('prompt_beats', math.inf, number(float, 0), 'read so many beats of the prompt'),
@@ -88,25 +87,29 @@ def with_key_and_metre(song):
     return song._replace(metre=metre, pickup=pickup)
 
 
-def candidates(model, representation, opening, args, generator):
+def candidates(model, representation, opening, frames, args, generator):
     """Composes --best_of tunes for each that is written; and again, if too few are in the metre that is asked for."""
     wanted = args.num_samples * args.best_of
     start = time.perf_counter()
     found = []
     made = 0
     readable = 0
-    frames = 0
+    drawn = 0
     for _ in range(ROUNDS if args.metre else 1):
-        tunes, count = compare.compose(model, representation, opening, wanted, args, generator)
+        tunes, count = compare.compose(model, representation, frames, wanted, args, generator)
         made += wanted
         readable += len(tunes)
-        frames += count
-        tunes = [tune._replace(song=with_key_and_metre(tune.song)) for tune in tunes]
-        found += [tune for tune in tunes if args.metre in (None, tune.song.metre)]
+        drawn += count
+        for tune in tunes:
+            # a text tells its own key and metre; else those of the prompt hold
+            song = tune.song if tune.song.text else opening._replace(notes=tune.song.notes, text=None)
+            song = with_key_and_metre(song)
+            if args.metre in (None, song.metre):
+                found.append(tune._replace(song=song))
         if len(found) >= args.num_samples:
             break
     seconds = time.perf_counter() - start
-    line = f'{made} tunes composed in {seconds:.1f} s, {frames / seconds:,.0f} frames a second'
+    line = f'{made} tunes composed in {seconds:.1f} s, {drawn / seconds:,.0f} frames a second'
     if readable < made:
         line += f'; {readable} of {made} are valid'
     if args.metre:
@@ -119,16 +122,16 @@ def candidates(model, representation, opening, args, generator):
     return found
 
 
-def key_shift(song, args, moved, meta):
+def key_shift(song, args, semitones, meta):
     """Semitones from where a Song was composed to where it is played: in the key that is asked for, in that of the
     prompt, which was moved, or in the key signature of most training tunes."""
     sharps = meta['sharps'] if meta['common_key'] and not args.prompt else None
     if args.key:
         sharps, _ = args.key
-    return -moved if sharps is None else notation.interval(song.sharps, sharps)
+    return -semitones if sharps is None else notation.interval(song.sharps, sharps)
 
 
-def finished(song, opening, args, moved, meta):
+def finished(song, opening, args, semitones, meta):
     """The Song as it is written: without the prompt if so asked, in its key."""
     if args.no_prompt and len(opening.notes):
         begin = opening.notes[:, 2].max()
@@ -136,7 +139,7 @@ def finished(song, opening, args, moved, meta):
         if not len(notes):
             raise UserError('nothing new was struck after the prompt: use another --seed, or leave --no_prompt out')
         song = with_key_and_metre(song._replace(notes=notes, metre=None, pickup=None, text=None))
-    song = data.moved(song, key_shift(song, args, moved, meta))
+    song = data.moved(song, key_shift(song, args, semitones, meta))
     if args.key:
         song = song._replace(sharps=args.key[0], minor=args.key[1])
     return song._replace(notes=song.notes[(song.notes[:, 0] >= 0) & (song.notes[:, 0] < KEYS)])
@@ -146,10 +149,11 @@ def write(song, name, tempo, prompt_beats):
     """Writes name.mid, .abc, .svg and, unless the tune is very long, .wav; returns what they are, for a person."""
     signature = dict(sharps=song.sharps, minor=song.minor, metre=song.metre, pickup=song.pickup)
     notation.write_midi(song.notes, f'{name}.mid', tempo, name.name, **signature)
-    text, simplified = notation.write_abc(song.notes, name.name, tempo, **signature)
     if song.text:           # it was composed as text, with repeats and all
         text = f'X:1\nT:{name.name}\nQ:1/4={tempo:g}\n{song.text}'
-        simplified = 0
+        left_out = 0
+    else:
+        text, left_out = notation.write_abc(song.notes, name.name, tempo, **signature)
     notation.write_whole(f'{name}.abc', text.encode())
     render.write_svg(song.notes, f'{name}.svg', song.metre, song.pickup, prompt_beats, name.name)
     sound = song.notes[:, 2].max() * 60 / tempo <= render.LONGEST
@@ -157,13 +161,13 @@ def write(song, name, tempo, prompt_beats):
         render.write_wav(song.notes, f'{name}.wav', tempo, song.metre, song.pickup)
     line = f'{name}.mid, .abc, .svg' + ', .wav' * bool(sound)
     line += f': {notation.key_name(song.sharps, song.minor)}, {song.metre}'
-    return line + f', {simplified} notes simplified in the .abc' * bool(simplified)
+    return line + f', {left_out} bass notes left out of the .abc' * bool(left_out)
 
 
 def training_songs(meta):
     """The training songs of a checkpoint, for their notes alone; none if they are gone."""
     try:
-        # so they are made into the frames that are made fastest
+        # as a piano roll, whatever the model reads: only the notes are looked at
         return data.load(meta['data'], log=lambda line: None).songs['train']
     except UserError:
         return []
@@ -185,17 +189,17 @@ def main():
     # a person's own beginning, if there is one, in the key that the model knows
     opening = Song('', np.zeros((0, 3)))
     frames = np.zeros((0, representation.V), np.uint8)
-    moved = 0
+    semitones = 0
     if args.prompt:
-        opening, frames, moved = representation.opening(args.prompt, args.prompt_beats, meta['common_key'])
+        opening, frames, semitones = representation.opening(args.prompt, args.prompt_beats, meta['common_key'])
     torch.set_num_threads(1)        # a frame is too little work to share between cores
-    tunes = candidates(model, representation, frames, args, generator)
+    tunes = candidates(model, representation, opening, frames, args, generator)
     tempo = args.tempo or (opening.tempo if len(opening.notes) else meta['tempo'])
     prompt_beats = 0.0 if args.no_prompt else opening.notes[:, 2].max(initial=0)
     songs = training_songs(meta)
     book = data.copy_book([data.intervals(song.notes, compare.GRID) for song in songs])
     for name, tune in zip(names, compare.best(tunes, songs, args.num_samples, seed)):
-        song = finished(tune.song, opening, args, moved, meta)
+        song = finished(tune.song, opening, args, semitones, meta)
         line = write(song, name, tempo, prompt_beats)
         line += f', {tune.nats:.3f} nats/frame, {len(song.notes)} notes, {song.notes[:, 2].max(initial=0):g} beats'
         if songs:

@@ -350,24 +350,24 @@ def metre_tune(metre, pickup):
 def test_metre_of_plain_tunes(metre, pickup):
     bar = notation.bar_beats(metre)
     notes = metre_tune(metre, pickup)
-    assert notation.metre(notes) == (bar, pickup)
+    assert notation.estimate_metre(notes) == (bar, pickup)
     assert notation.metre_text(notes, bar, pickup) == metre
-    assert notation.metre(notes[notation.is_melody(notes)], bar) == (bar, pickup)
+    assert notation.estimate_metre(notes[notation.is_melody(notes)], bar) == (bar, pickup)
 
 
 def test_metre_without_notes_and_of_bars_that_are_known():
-    assert notation.metre([]) == (4, 0) and notation.metre_text([], 3, 0) in ('3/4', '6/8')
-    assert notation.metre(metre_tune('3/4', 1), 3)[0] == 3
+    assert notation.estimate_metre([]) == (4, 0) and notation.metre_text([], 3, 0) in ('3/4', '6/8')
+    assert notation.estimate_metre(metre_tune('3/4', 1), 3)[0] == 3
     assert [notation.metre_text([], bar, 0) for bar in (2, 4, 4.5)] == ['2/4', '4/4', '9/8']
-    assert [notation.metre([[40, 0, 1], [42, 3, 9]], bar)[0] for bar in (1.5, 3.5, 5, 6)] == [1.5, 3.5, 5, 6]
+    assert [notation.estimate_metre([[40, 0, 1], [42, 3, 9]], bar)[0] for bar in (1.5, 3.5, 5, 6)] == [1.5, 3.5, 5, 6]
     # what a broken file may hold costs neither time nor memory
-    assert notation.metre([[40, 0, 1], [42, 1e12, 2e12]])[0] in (2, 3, 4, 4.5)
+    assert notation.estimate_metre([[40, 0, 1], [42, 1e12, 2e12]])[0] in (2, 3, 4, 4.5)
 
 
 def test_metre_of_the_bundled_tunes():
     right = []
     for song in notation.read_abc(HERE / 'tunes.abc'):
-        bar, pickup = notation.metre(song.notes)
+        bar, pickup = notation.estimate_metre(song.notes)
         told = notation.bar_beats(song.metre)
         off = (pickup - song.pickup) % min(bar, told)
         right.append(off == 0 and (bar == told or {bar, told} == {2, 4}))
@@ -429,7 +429,9 @@ def abc_letters(body, head='M:4/4\nL:1/4\nK:C'):
      'C4:1 D4:1 E4:1 F4:1 C5:1 G4:1 A4:1 B4:1 C5:1'),
     ('I:linebreak $\nC [K:bass] C, [K:clef=alto] C [K:D treble] F', 'C4:1 C3:1 C4:1 ^F4:1'),
     ('c [K:treble-8] c [K:C clef=bass+8] c [K:+8va] c', 'C5:1 C4:1 C6:1 C6:1'),
-    ('V:1 clef=treble-8 nm="Fiddle"\nV:1\nC2 D2|', 'C3:2 D3:2'),
+    ('V:1 clef=treble-8 nm="Fiddle"\nV:1\nC2 D2|', 'C3:2 D3:2'), ('K:D\nF [K:clef=bass] F', '^F4:1 ^F4:1'),
+    # a letter may come twice in a chord
+    ('[C^C]2 [_E=E-]E', 'C4:2 ^C4:2 ^D4:1 E4:2'),
 ])
 def test_abc_melody(body, melody):
     assert abc_melody(body) == melody
@@ -464,6 +466,7 @@ def test_abc_repeats(body, letters):
 ])
 def test_abc_orders_of_parts(order, letters):
     assert abc_letters('P:A\nC|\nP:B\nD|', f'P:{order}\nL:1/4\nK:C') == letters
+    assert abc_letters('P: A\nC|\nP: B \nD|', f'P: {order}\nL:1/4\nK:C') == letters
     assert abc_letters('[P:A]|:C:|[P:B]D|', f'P:{order}\nL:1/4\nK:C') == letters.replace('C', 'CC')
     # each part is in the key in which it is written
     assert abc_letters('P:A\nF::\nP:B\nK:D\nF|', 'P:ABA\nL:1/4\nK:C') == 'FF_FF'
@@ -480,7 +483,7 @@ def test_abc_nested_orders_of_parts_are_skipped():
     ('none, ', None, 'F G A B C D E'),
     ('G clef=bass', 1, '^F G A B C D E'), ('F clef=bass, F', -1, 'F G A ^A C D E'), ('F#m', 3, '^F ^G A B ^C D E'),
     ('Bb major', -2, 'F G A ^A C D ^D'), ('D =c', 2, '^F G A B C D E'), ('C^f^c', 0, '^F G A B ^C D E'),
-    ('D exp _b', None, 'F G A ^A C D E'),
+    ('D exp _b', None, 'F G A ^A C D E'), ('D exp ^f=c_b', None, '^F G A ^A C D E'),
 ])
 def test_abc_keys(keys, sharps, fgabcde):
     for key in keys.split(', '):
@@ -506,6 +509,8 @@ def test_abc_unit_length_and_tempo(head, beats, tempo):
     ('M:4/4', 'CDEF|', '4/4', 0), ('M:C|', 'D|:CDEF:|', '2/2', 1), ('M:6/8', 'C/|C3', '6/8', .5),
     ('M:3/4', '|:CD|EFG|', '3/4', 2), ('M:4/4', 'CDEFGABc|', '4/4', 0), ('M:none', 'C|D', None, None),
     ('N:', 'C|D', None, None), ('M:3/4', 'C', '3/4', 0), ('M:odd', 'C|', None, None),
+    # MIDI knows no fifths
+    ('M:4/5', 'C|', None, None),
 ])
 def test_abc_metre_and_pickup(head, body, metre, pickup):
     song = abc_songs(body, f'{head}\nL:1/4\nK:C')[0]
@@ -525,7 +530,7 @@ def test_abc_chords_and_chord_symbols():
     # the melody's D4 is inside G B D: the triad turns over until it lies below
     assert abc_rows(abc_songs('"G"D4')[0].notes) == [(50, 0, 4), (55, 0, 4), (59, 0, 4), (62, 0, 4)]
     for intervals, symbols in {
-        (0, 4, 7): 'C C7 Cmaj7 CM7 C6 C6/9 Cadd9 C13 C/g C/f+ C7/b C/Bb C/^f C(Am)',
+        (0, 4, 7): 'C C7 Cmaj7 CMaj7 CM7 C6 C6/9 Cadd9 C13 C/g C/f+ C7/b C/Bb C/^f C(Am)',
         (0, 3, 7): 'Cm Cm7 Cmin Cm/e_ C-',
         (0, 5, 7): 'Csus4 C7sus4 Csus',
         (0, 3, 6): 'Cdim Cd C/dim Co7 Cm7b5 C°', (0, 4, 8): 'Caug C+ C7#5', (0, 2, 7): 'Csus2',
@@ -2293,7 +2298,7 @@ def test_sample_continues_a_prompt(trained, book, tmp_path, options, beats):
     _, alone = scripts_sample(trained['rwkv'], tmp_path / 'z', *options, '--no_prompt')
     new = song.notes[song.notes[:, 1] >= beats - 1e-6] - [0, beats, beats]
     np.testing.assert_allclose(alone.notes, new, atol=1e-6)
-    bar, pickup = notation.metre(new)
+    bar, pickup = notation.estimate_metre(new)
     assert alone.metre == notation.metre_text(new, bar, pickup)
     # a file does not tell a pickup of nothing
     assert (alone.pickup or 0) == pytest.approx(pickup)
@@ -2383,6 +2388,18 @@ def test_sample_plays_in_the_key_of_the_training_tunes(tmp_path, monkeypatch, co
     shift = (7 * sharps + 6) % 12 - 6
     assert song.sharps == sharps
     np.testing.assert_allclose(song.notes, notes + [shift, 0, 0])
+
+
+def test_sample_keeps_the_key_and_metre_that_a_prompt_tells(tmp_path, monkeypatch):
+    roll = data.PianoRoll()
+    path = scripts_untrained(tmp_path / 'm.pt', roll)
+    scripts_pretend(monkeypatch, roll.encode(scripts_dance(bar=3)))
+    (tmp_path / 'p.abc').write_text('X:1\nM:5/4\nL:1/4\nK:Amix\nAcegf|agecA|\n')
+    _, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/p.abc', '--best_of=1')
+    assert (song.sharps, song.metre) == (2, '5/4')
+    # what is left without the prompt is measured anew
+    _, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/p.abc', '--best_of=1', '--no_prompt')
+    assert (song.sharps, song.metre) == (2, '3/4')
 
 
 def test_sample_that_strikes_nothing_says_so(tmp_path, monkeypatch):

@@ -194,7 +194,7 @@ def launch(name, w, u, k, v, saved, *rest):
     scan = w.new_empty(len(k), segments, 4, len(w))
     tensors = [x.contiguous() for x in (w, u, k, v, saved, scan, *rest)]
     pointers = [x.data_ptr() for x in tensors]
-    where = torch.get_num_threads() if k.numel() > 1 << 16 else 1
+    where = cpu_threads(k)
     with torch.cuda.device_of(k):
         if k.is_cuda:
             where = torch.cuda.current_stream().cuda_stream
@@ -205,12 +205,17 @@ def launch(name, w, u, k, v, saved, *rest):
         raise RuntimeError(f'{name}: {error.decode()}')
 
 
+def cpu_threads(k):
+    """How many threads a CPU takes for k: one where there is little to do."""
+    return torch.get_num_threads() if k.numel() > 1 << 16 else 1
+
+
 def split_time(k):
     """(segments, warps): for how many blocks time is cut, and how many chunks a block works on at once."""
     B, T, C = k.shape
     chunks = -(-T // CHUNK[k.device.type])
     if not k.is_cuda:
-        spare = torch.get_num_threads() // (B * -(-C // 16))
+        spare = cpu_threads(k) // (B * -(-C // 16))
         return max(1, min(spare, chunks)), 1
     # 32 warps, each with 32 channels, keep a multiprocessor busy
     multiprocessors = torch.cuda.get_device_properties(k.device).multi_processor_count
