@@ -12,6 +12,7 @@ Shape letters: B batch, T frames, V units in a frame.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -39,6 +40,7 @@ from notation import Song
 from notation import UserError
 from notation import check_writable
 from notation import common_key_shift
+from notation import decoded
 from notation import one_per_key
 from notation import printable
 from notation import read_abc
@@ -270,7 +272,8 @@ class AbcText(Representation):
         if header:
             return Song('', np.zeros((0, 3)), text=header), self.encode_text(header), 0
         song, frames, semitones = super().opening(path, beats, common_key)
-        text = self.text(frames).rstrip('|]\n ')           # it goes on, so it has no end
+        # it goes on, so it has no end; but a repeat has
+        text = re.sub(':$', ':|', self.text(frames).rstrip('|]\n '))
         return song, self.encode_text(text), semitones
 
     def steps(self, frames):
@@ -426,10 +429,7 @@ def load(data='nottingham', representation=None, common_key=None, log=print):
             skipped.append(f'{song.name} is longer than {longest:,.0f} beats: cut it, or lower --steps_per_beat')
     if not songs:
         raise UserError(f'no song in {data} can be used: {skipped[0]}')
-    for sentence in skipped[:5]:
-        print(printable(f'skipped: {sentence}'), file=sys.stderr)
-    if len(skipped) > 5:
-        print(f'skipped: {len(skipped) - 5:,} more', file=sys.stderr)
+    tell_what_is_skipped(skipped)
     tell_what_is_left_out([song for _, song in songs], log)
     keys = [song.sharps for _, song in songs]
     if common_key is None:
@@ -442,6 +442,14 @@ def load(data='nottingham', representation=None, common_key=None, log=print):
     if representation.left_out:
         log(f'{representation.left_out:,} notes have no place in ABC text (a bass below chords) and are left out')
     return dataset
+
+
+def tell_what_is_skipped(skipped):
+    """The first five sentences, on stderr."""
+    for sentence in skipped[:5]:
+        print(printable(f'skipped: {sentence}'), file=sys.stderr)
+    if len(skipped) > 5:
+        print(f'skipped: {len(skipped) - 5:,} more', file=sys.stderr)
 
 
 def tell_what_is_left_out(songs, log):
@@ -504,11 +512,11 @@ def read_song(path):
 
 def read_header(path):
     """The fields M, L and K of an ABC file that has no music in it, as tune_text orders them; '' if it has some."""
-    lines = read_bytes(path, MAX_FILE).decode('latin-1').splitlines()
-    if any(line.strip() and not re.match('[A-Za-z]:|%', line) for line in lines):
+    text = re.sub('%.*', '', decoded(read_bytes(path, MAX_FILE)))
+    if re.search(r'(?m)^(?![A-Za-z]:)[ \t]*\S', text):
         return ''
-    kept = {line[0]: line.strip() for line in lines if re.match('[MLK]:', line)}
-    return ''.join(f'{kept[name]}\n' for name in 'MLK' if name in kept)
+    kept = dict(re.findall(r'(?m)^([MLK]):[ \t]*(.*?)\s*$', text))
+    return ''.join(f'{name}:{kept[name]}\n' for name in 'MLK' if kept.get(name))
 
 
 @functools.lru_cache(1)
@@ -692,6 +700,9 @@ def main():
         raise UserError(f'{args.out} has to end in .npz, by which --data knows it: give another name')
     check_writable(args.out)
     songs, skipped = read_music(args.music.resolve(), print)
+    if not songs:
+        raise UserError(f'no song in {args.music} can be used: {skipped[0]}')
+    tell_what_is_skipped(skipped)
     save_songs(args.out, songs, skipped)
     notes = sum(len(song.notes) for _, song in songs)
     print(f'{args.out}: {len(songs):,} songs, {notes:,} notes, {len(skipped):,} skipped')
@@ -811,10 +822,15 @@ def exit_with(message, status=2):
 
 def run(main, lower):
     """Runs a script's main. What a user can mend ends in one sentence; lower: the options that save memory."""
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors='replace')        # a terminal that has no ■ shows a ?
     try:
         main()
     except UserError as e:
         exit_with(e)
+    except BrokenPipeError:                             # as in: python sample.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        exit_with('stopped, since nobody reads what it prints')
     except KeyboardInterrupt:
         exit_with('stopped', 130)
     except (MemoryError, RuntimeError) as e:

@@ -69,6 +69,8 @@ def check_writable(path):
     folder = os.path.dirname(path) or '.'
     if not os.path.isdir(folder):
         raise UserError(f'cannot write {path}: there is no folder {folder}; make it, or give another path')
+    if not os.access(folder, os.W_OK):
+        raise UserError(f'cannot write {path}: you may not write into {folder}; give another path')
     if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f'cannot write {path}: it is a link, a folder or a device; give the path of a plain file')
 
@@ -511,8 +513,8 @@ WORDS = re.compile(rf'"[^"]*" | {DECORATION}', re.VERBOSE)
 TOKEN = re.compile(rf"""
     (?P<field>   \[[A-Za-z]:[^\]\[\n]*\] )
   | (?P<text>    "[^"]*" | {DECORATION} | S )
-  | (?P<bar_line> (?: \[?\| | : ) (?: [\s\\]* (?: \[?\| | : ) | \] )* (?: [\s\\]* \[?[1-9](?:,[1-9])* )?
-                | \[[1-9](?:,[1-9])* )
+  | (?P<bar_line> (?: \[?\| | : ) (?: [\s\\]* (?: \[?\| | : ) | \] )* (?: [\s\\]* \[?[1-9](?:[,-][1-9])* )?
+                | \[[1-9](?:[,-][1-9])* )
   | (?P<tuplet>  \([1-9](?::\d?){{0,2}} )
   | (?P<broken>  (?:>{{1,3}}|<{{1,3}})(?![<>]) )
   | (?P<tie>     - )
@@ -549,6 +551,16 @@ class Bar(NamedTuple):
     turns: list   # an ending begins: it is played on these turns of the repeat
 
 
+def decoded(data):
+    """The text of a file: UTF-16 if it says so, else UTF-8 if it can be, else Latin-1; lines end in a newline."""
+    encoding = 'utf-16' if data.startswith((b'\xff\xfe', b'\xfe\xff')) else 'utf-8-sig'
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        text = data.decode('latin-1')
+    return re.sub(r'\r\n?', '\n', text)
+
+
 def read_abc(file, name=None, skipped=None):
     """Read the tunes of an ABC file (a path, bytes or a binary file) into a list of Songs.
 
@@ -559,11 +571,7 @@ def read_abc(file, name=None, skipped=None):
     Source: the ABC music standard 2.1 (December 2011).
     """
     data, name = open_music(file, name, 'an ABC file', MAX_BOOK)
-    try:
-        text = data.decode('utf-8-sig')
-    except UnicodeDecodeError:
-        text = data.decode('latin-1')
-    opening, *tunes = re.split(r'(?m)^(?=X:)', re.sub(r'\r\n?', '\n', text))
+    opening, *tunes = re.split(r'(?m)^(?=X:)', decoded(data))
     if not tunes:
         raise UserError(f'{name} has no tune in it (in ABC a tune starts with a line X:): give an ABC file')
     defaults = dict(re.findall(r'(?m)^([MLQ]):(.*)', opening.split('\n\n')[0]))
@@ -588,6 +596,7 @@ def read_tune(title, tune, defaults):
     tune = re.split(r'\n[ \t]*\n', tune)[0]   # an empty line ends a tune; what follows is free text
     if len(tune) > MAX_TUNE:
         raise UserError(f'it has more than {MAX_TUNE:,} characters')
+    tune = re.sub(r'(?ms)^%%begin(\w+).*?(?:^%%end\1|\Z)', '%', tune)   # blocks of text
     tune = re.sub(r'(?m)^%.*\n|(?<!\\)%.*', '', tune)   # comments and %%directives
     tune = re.sub(r'[^ -~\n]', '', tune.translate(PLAIN))
     head, key, body = (re.split(r'(?m)^K:(.*)', tune, maxsplit=1) + ['', ''])[:3]
@@ -612,7 +621,8 @@ def read_tune(title, tune, defaults):
     if bar and fields['M']:
         told |= dict(metre=fields['M'], pickup=first_bar if first_bar < 4 * bar else 0.0)
     # Q: 1/4=120, 3/8=92.5, or 120 notes of the unit length; without "Allegro"
-    m = re.search(r'(?:([1-9]\d?/[1-9]\d?)\s*=|=|^)\s*(\d{1,4}(?:\.\d{1,4})?)', re.sub(r'"[^"]*"?\s*', '', page.tempo))
+    tempo = re.sub(r'"[^"]*"?\s*', '', page.tempo)
+    m = re.search(r'(?:([1-9]\d?/[1-9]\d?)\s*=|=|^)\s*(\d{1,4}(?:\.\d{1,4})?)(?![\d.]*\s*[/=])', tempo)
     if m and float(m[2]) > 0:
         told['tempo'] = float(m[2]) * float(4 * Fraction(m[1] or fields['L']))
     told['silence'] = length - max(row[2] for row in rows)
@@ -735,7 +745,9 @@ class Page:
         colons = re.findall(r'(?<![|:])(:+)[|\]]', m[0])
         ends = max(map(len, colons), default=int(m[0].startswith('::')))
         double = bool(re.search(r'\|[|\]]|\[\|', m[0]))
-        turns = [int(turn) for turn in re.findall(r'\d', m[0])]
+        turns = []
+        for turn, last in re.findall(r'(\d)(?:-(\d))?', m[0]):
+            turns += range(int(turn), int(last or turn) + 1)
         self.events.append(Bar(ends, m[0].endswith(':'), double, turns))
 
     def tuplet(self, m):

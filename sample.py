@@ -75,6 +75,8 @@ def output_names(args):
     for name in names:
         for suffix in SUFFIXES:
             notation.check_writable(f'{name}{suffix}')
+            if args.prompt and args.prompt.resolve() == Path(f'{name}{suffix}').resolve():
+                raise UserError(f'{args.prompt} is the prompt, and would be written over: give another --out')
     return names
 
 
@@ -138,7 +140,8 @@ def finished(song, opening, args, semitones, meta):
         notes = song.notes[song.notes[:, 1] >= begin - 1e-6] - [0, begin, begin]
         if not len(notes):
             raise UserError('nothing new was struck after the prompt: use another --seed, or leave --no_prompt out')
-        song = with_key_and_metre(song._replace(notes=notes, metre=None, pickup=None, text=None))
+        pickup = round(song.pickup - begin, 6) % notation.bar_beats(song.metre)
+        song = song._replace(notes=notes, pickup=pickup, text=None)
     song = data.moved(song, key_shift(song, args, semitones, meta))
     if args.key:
         song = song._replace(sharps=args.key[0], minor=args.key[1])
@@ -192,6 +195,8 @@ def main():
     semitones = 0
     if args.prompt:
         opening, frames, semitones = representation.opening(args.prompt, args.prompt_beats, meta['common_key'])
+        if args.metre and opening.metre not in (None, args.metre):
+            raise UserError(f'{args.prompt} is in {opening.metre}, not in {args.metre}: leave --metre out')
     torch.set_num_threads(1)        # a frame is too little work to share between cores
     tunes = candidates(model, representation, opening, frames, args, generator)
     tempo = args.tempo or (opening.tempo if len(opening.notes) else meta['tempo'])

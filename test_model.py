@@ -421,6 +421,7 @@ def abc_letters(body, head='M:4/4\nL:1/4\nK:C'):
      'C4:0.333 D4:0.333 E4:0.667 F4:0.667 G4:1'), ('{fg}A {/d}(B .c) ~d !trill!e +turn+f Tg vA uB y4 c`d $',
      'A4:1 B4:1 C5:1 D5:1 E5:1 F5:1 G5:1 A4:1 B4:1 C5:1 D5:1'),
     ('C \\\nD % E\n% F G\n%%MIDI program 1\nw:la la\nE|', 'C4:1 D4:1 E4:1'),
+    ('C\n%%begintext\nA bad case of beef\n%%endtext\nD', 'C4:1 D4:1'),
     ('C [K:D] F [L:1/8] F2 [M:3/4] Z C\nK:F\nB2\nL:1/4\nB', 'C4:1 ^F4:1 ^F4:1 z3 ^C4:0.5 ^A4:1 ^A4:1'),
     # what is only drawn does not sound: words, letters, user symbols, clefs, layout, old line breaks, reserved signs
     ('"^slow"C "_x"D "<p"E ">q"F "@1,2 r"G "p"A "tr"B "Slow"c "3"d "Ad lib"e',
@@ -447,7 +448,8 @@ def test_abc_tuplets_in_compound_time():
     ('|:C|1D:|2E|]F', 'CDCEF'), ('|:C[1D:|[2E:|F', 'CDCEF'), ('C|1D:|2E||F:|', 'CDCEFF'), ('|:C|1D:|2E||F:|', 'CDCEFF'),
     ('|:C|1D:|\n|2E||', 'CDCE'), ('|:C| 1 D:| 2 E|]', 'CDCE'),
     ('|:C|[1,3D:|[2E:|[4F|]G', 'CDCECDCFG'), ('|:C|1,2,3D:|4E|]', 'CDCDCDCE'), ('|:C|1D:|2E|:F|1G:|2A|]', 'CDCEFGFA'),
-    ('|:C|1D:|E', 'CDCE'), ('[|C.|D[|]', 'CD'), ('|:C||D|1E:|2F|]G', 'CDECDFG'), ('G|:C:|', 'GCC'),
+    ('|:C|1D:|E', 'CDCE'),
+    ('|:C|[1-3 D:|[4 E|]', 'CDCDCDCE'), ('[|C.|D[|]', 'CD'), ('|:C||D|1E:|2F|]G', 'CDECDFG'), ('G|:C:|', 'GCC'),
     # bar lines side by side are one
     ('C|D[|]:|E', 'CDCDE'), ('C|D [|] :|E', 'CDCDE'), ('C|D |]\n:|E', 'CDCDE'), ('C|D|\n:|\n|:E:|', 'CDCDEE'),
     ('C:|\n: D:|', 'CCDD'),
@@ -497,6 +499,7 @@ def test_abc_keys(keys, sharps, fgabcde):
     ('M:4/4', .5, 120), ('M:C|', .5, 120), ('M:2/4', .25, 120), ('M:none', .5, 120), ('N:', .5, 120),
     ('L:1/16', .25, 120), ('M:2/4\nL:1/2', 2, 120), ('Q:1/4=96', .5, 96), ('Q:"Fast" 3/8=100', .5, 150),
     ('Q:1/8=100 "Slow"', .5, 50), ('Q:"Lively"', .5, 120), ('Q:1/4=0', .5, 120), ('Q:1/4=92.5', .5, 92.5),
+    ('Q:1/4="Andante"', .5, 120), ('Q:1/4=', .5, 120),
     ('Q: 1/4 = 77 "x"', .5, 77), ('Q:1/4=100-120', .5, 100), ('L:1/8\nQ:200', .5, 100), ('L:1/4\nQ:C=80', 1, 80),
 ])
 def test_abc_unit_length_and_tempo(head, beats, tempo):
@@ -571,6 +574,8 @@ def test_abc_files(tmp_path, capsys):
         assert [abc_rows(s.notes) for s in songs] == [[(69, 0, 1), (69, 1, 2)], [(66, 0, 1)]]
         assert songs[0].text == 'M:3/4\nL:1/4\nK:G\nA:|\n'
         assert '"Two"' in capsys.readouterr().err
+    path.write_bytes('X:1\nT:Café\nK:C\nC'.encode('utf-16'))
+    assert [s.name for s in notation.read_abc(path)] == ['Café']
     path.write_bytes(b'\xef\xbb\xbfX:1\nK:C\nC')
     assert len(notation.read_abc(path)) == len(notation.read_abc(io.BytesIO(path.read_bytes()))) == 1
     for wrong in (b'', b'no tune here'):
@@ -823,6 +828,8 @@ def test_data_openings(tmp_path):
     notation.write_midi(np.array([(40, 0, 0.95), (42, 1, 2.05)]), tmp_path / 'a.mid')
     for beats in (1.98, 9):
         assert roll.opening(tmp_path / 'a.mid', beats, False)[0].notes.tolist() == [[40, 0, 1], [42, 1, 2]]
+    path.write_text('X:1\nM:4/4\nL:1/4\nK:D\n|:DEFG|A4:|\n')
+    assert abc.text(abc.opening(path, 100, False)[1]).endswith('\n|:DEFG|A4:|')
     # a text says no more than is asked for
     path.write_text('X:1\nL:1/4\nK:C\nC8|\n')
     assert abc.decode(abc.opening(path, 2, False)[1]).tolist() == [[39, 0, 2]]
@@ -1156,14 +1163,22 @@ def test_data_npz_holds_what_was_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['data.py', '.', str(out)])
     data.main()
     monkeypatch.chdir(tmp_path)
-    assert tuple(capsys.readouterr()) == (f'{out}: 6 songs, 10 notes, 2 skipped\n', '')
+    printed, skipped = capsys.readouterr()
+    assert printed == f'{out}: 6 songs, 10 notes, 2 skipped\n'
     lines = []
     one = data.load(path, log=lines.append)
-    skipped = capsys.readouterr().err
+    assert skipped == capsys.readouterr().err
     two = data.load(out, log=lines.append)
     assert data_same(one, two) and f'{out} (6 songs)' in two.source and lines[:2] == lines[2:]
     assert skipped == capsys.readouterr().err and skipped.count('\n') == 2
     content = out.read_bytes()
+    # a file that is good is not replaced by an empty one
+    (tmp_path / 'none').mkdir()
+    (tmp_path / 'none' / 'bad.mid').write_bytes(b'MThd')
+    monkeypatch.setattr(sys, 'argv', ['data.py', 'none', str(out)])
+    with pytest.raises(UserError, match='bad.mid'):
+        data.main()
+    assert out.read_bytes() == content
     np.savez(out, table=np.array([PickledCode()]), notes=np.zeros((1, 3)))
     flipped = content[:200] + bytes([content[200] ^ 1]) + content[201:]
     for wrong in (content[:-1], flipped, bytes(len(content)), out.read_bytes()):
@@ -2298,10 +2313,10 @@ def test_sample_continues_a_prompt(trained, book, tmp_path, options, beats):
     _, alone = scripts_sample(trained['rwkv'], tmp_path / 'z', *options, '--no_prompt')
     new = song.notes[song.notes[:, 1] >= beats - 1e-6] - [0, beats, beats]
     np.testing.assert_allclose(alone.notes, new, atol=1e-6)
-    bar, pickup = notation.estimate_metre(new)
-    assert alone.metre == notation.metre_text(new, bar, pickup)
-    # a file does not tell a pickup of nothing
-    assert (alone.pickup or 0) == pytest.approx(pickup)
+    # its bars are where they were; a file does not tell a pickup of nothing
+    assert alone.metre == song.metre
+    bars = ((song.pickup or 0) - beats - (alone.pickup or 0)) / notation.bar_beats(song.metre)
+    assert bars == pytest.approx(round(bars))
 
 
 def test_sample_key_moves_the_tune(trained, tmp_path):
@@ -2341,7 +2356,7 @@ def test_sample_prompt_of_fields_alone(tmp_path, monkeypatch):
     path = scripts_untrained(tmp_path / 'm.pt', text)
     jig = 'DFA d2f|afd Adf|AFD D3|]'
     prompts = scripts_pretend(monkeypatch, text.encode_text(jig), text.encode_text('|no: [music'))
-    (tmp_path / 'jig.abc').write_text('M:6/8\nL:1/8\nK:D\n')
+    (tmp_path / 'jig.abc').write_text('\ufeffX:1\nK: D % a jig\n\nM:6/8\nL:1/8\n')
     printed, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/jig.abc', '--best_of=4')
     assert text.text(prompts[0][0, 1:]) == 'M:6/8\nL:1/8\nK:D\n' and prompts[0][0, 0, -1] == 1
     assert (song.metre, song.sharps, len(song.notes)) == ('6/8', 2, 15)
@@ -2397,9 +2412,30 @@ def test_sample_keeps_the_key_and_metre_that_a_prompt_tells(tmp_path, monkeypatc
     (tmp_path / 'p.abc').write_text('X:1\nM:5/4\nL:1/4\nK:Amix\nAcegf|agecA|\n')
     _, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/p.abc', '--best_of=1')
     assert (song.sharps, song.metre) == (2, '5/4')
-    # what is left without the prompt is measured anew
     _, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/p.abc', '--best_of=1', '--no_prompt')
-    assert (song.sharps, song.metre) == (2, '3/4')
+    assert (song.sharps, song.metre) == (2, '5/4')
+    said = scripts_run('sample', f'--ckpt={path}', f'--prompt={tmp_path}/p.abc', '--metre=3/4', status=2)
+    assert 'is in 5/4' in said
+
+
+def test_scripts_print_to_any_terminal_and_stop_where_nobody_reads():
+    code = "import data; data.run(lambda: print('■' * 100_000), '')"
+    words = dict(cwd=HERE, env=os.environ | dict(PYTHONIOENCODING='cp1252'), stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, **words)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, b'?' * 100_000, b'')
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, '-c', code], stdout=writer, **words)
+    os.close(writer)
+    assert done.returncode == 2 and re.fullmatch(b'-c: stopped, .*\n', done.stderr)
+
+
+def test_sample_never_writes_over_its_prompt(tmp_path):
+    path = scripts_untrained(tmp_path / 'm.pt', data.PianoRoll())
+    notation.write_midi([(40, 0, 4)], tmp_path / 'mine.mid')
+    mine = (tmp_path / 'mine.mid').read_bytes()
+    said = scripts_run('sample', f'--ckpt={path}', f'--prompt={tmp_path}/mine.mid', f'--out={tmp_path}/mine', status=2)
+    assert '--out' in said and (tmp_path / 'mine.mid').read_bytes() == mine
 
 
 def test_sample_that_strikes_nothing_says_so(tmp_path, monkeypatch):
