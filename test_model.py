@@ -40,7 +40,6 @@ import torch
 
 import compare
 import data
-import model
 import model as models
 import notation
 import render
@@ -260,9 +259,9 @@ def test_midi_hostile_files_cost_seconds_at_most():
     size = notation.MAX_MIDI
     pedalled = b'\0\xb0\x40\x7f\1\x90\x3c\x50\1\x3c\0\0\xb0\x40\0'
     for body in (b'MTrk\0\0\0\0' * (size // 8 - 3), midi_chunk(pedalled * (size // 16 - 3))):
-        start = time.perf_counter()
+        start = time.process_time()
         notation.read_midi(head + body)
-        assert time.perf_counter() - start < 20
+        assert time.process_time() - start < 20
 
 
 def test_midi_write_and_read_back(tmp_path):
@@ -371,7 +370,7 @@ def test_metre_of_the_bundled_tunes():
         told = notation.bar_beats(song.metre)
         off = (pickup - song.pickup) % min(bar, told)
         right.append(off == 0 and (bar == told or {bar, told} == {2, 4}))
-    assert len(right) == 128 and np.mean(right) >= 0.95
+    assert len(right) == 128 and all(right)
 
 
 def test_melody_is_the_highest_at_its_onset():
@@ -780,15 +779,15 @@ def test_data_events_forgive_what_a_sampler_may_do():
     assert np.array_equal(events.decode(events.encode(data.Song('', notes))), notes)
 
 
-@pytest.mark.parametrize('grid, least', [(data.PianoRoll(12), .999), (data.Events(12), .999), (data.AbcText(), 1)])
-def test_data_bundled_tunes_round_trip(grid, least):
+@pytest.mark.parametrize('grid', [data.PianoRoll(12), data.Events(12), data.AbcText()])
+def test_data_bundled_tunes_round_trip(grid):
     kept = []
     for song in notation.read_abc(data.TUNES)[::4]:
         # a key, struck less than a tenth of a beat off and as long
         again = grid.decode(grid.encode(song))
         near = (abs(song.notes[:, None] - again) < 0.1).all(2)
         kept.append(2 * near.any(1).sum() / (len(song.notes) + len(again)))
-    assert np.mean(kept) >= least
+    assert np.mean(kept) == 1
 
 
 def test_data_abc_text():
@@ -1658,8 +1657,8 @@ def test_model_in_bfloat16_is_near_float32(arch, kind):
     with torch.autocast('cpu', torch.bfloat16):
         nats = model.nats(frames)
     assert nats.dtype == torch.float32 and not torch.equal(nats, exact)
-    # eps is 2^-8; the mean over 38 frames of some 3 nats
-    assert nats.mean().item() == pytest.approx(exact.mean().item(), rel=2 ** -5)
+    # eps is 2^-8; the mean over 38 frames is off by half of that at most
+    assert nats.mean().item() == pytest.approx(exact.mean().item(), rel=2 ** -7)
 
 
 @model_each_arch_and_kind
@@ -2134,8 +2133,10 @@ def test_model_checkpoint_that_is_damaged_or_missing(tmp_path, monkeypatch):
 SCRIPTS_HOME = Path(train.__file__).resolve().parent
 SCRIPTS_TINY = ['--n_layer=2', '--n_embd=16', '--batch_size=4', '--block_size=32', '--max_minutes=0', '--dtype=float32',
                 '--eval_interval=100', '--log_interval=10', '--device=cpu']
-# of the processes that tests start: small models need one thread, and two of them talk on this machine
-SCRIPTS_ENV = os.environ | dict(PYTHONPATH=str(SCRIPTS_HOME), OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
+# of the processes that tests start: small models need one thread, and two of them talk on this machine: by its first
+# network, lo or lo0
+SCRIPTS_ENV = os.environ | dict(PYTHONPATH=str(SCRIPTS_HOME), OMP_NUM_THREADS='1',
+                                GLOO_SOCKET_IFNAME=socket.if_nameindex()[0][1])
 
 
 def scripts_run(script, *words, status=0):
@@ -2146,7 +2147,7 @@ def scripts_run(script, *words, status=0):
     ended = 0
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail('it hangs'))
-    signal.alarm(100)
+    signal.alarm(600)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, 'argv', [f'{script}.py', *map(str, words)])
         try:
@@ -2296,8 +2297,10 @@ def test_sample_several_at_once_best_first(trained, tmp_path, monkeypatch):
     noise = [Song('', np.array([(rng.integers(88), t / 2, t / 2 + 1) for t in range(32)])) for _ in range(2)]
     dance = scripts_dance()
     scripts_pretend(monkeypatch, *(data.PianoRoll().encode(song) for song in (*noise, dance)))
-    _, song = scripts_sample(trained['rwkv'], tmp_path / 'y', '--best_of=3')
+    printed, song = scripts_sample(trained['rwkv'], tmp_path / 'y', '--best_of=3')
     np.testing.assert_allclose(song.notes, dance.notes)
+    # from its first strike to its last
+    assert 'at most 15 beats in a row copied' in printed
 
 
 @pytest.mark.parametrize('options, beats', [([], 16), (['--prompt_beats=6'], 6)])
@@ -2317,17 +2320,6 @@ def test_sample_continues_a_prompt(trained, book, tmp_path, options, beats):
     assert alone.metre == song.metre
     bars = ((song.pickup or 0) - beats - (alone.pickup or 0)) / notation.bar_beats(song.metre)
     assert bars == pytest.approx(round(bars))
-
-
-def test_sample_key_moves_the_tune(trained, tmp_path):
-    options = '--length=8', '--seed=1', '--best_of=1'
-    _, plain = scripts_sample(trained['rwkv'], tmp_path / 'k', *options)
-    for key, sharps in (('Eb', -3), ('Cm', -3), ('A', 3)):
-        _, song = scripts_sample(trained['rwkv'], tmp_path / key, *options, f'--key={key}')
-        moved, = set(song.notes[:, 0] - plain.notes[:, 0])
-        assert -6 <= moved <= 5 and (7 * plain.sharps + moved - 7 * sharps) % 12 == 0
-        assert (song.sharps, song.minor) == (sharps, key == 'Cm')
-        np.testing.assert_array_equal(song.notes[:, 1:], plain.notes[:, 1:])
 
 
 def scripts_untrained(path, representation, common_key=False, sharps=None):
@@ -2374,7 +2366,8 @@ def test_sample_metre_keeps_what_is_in_it(tmp_path, monkeypatch):
         printed, song = scripts_sample(path, tmp_path / 'x', f'--metre={metre}', '--best_of=2')
         assert song.metre == metre and '2 tunes composed' in printed and f'1 are in {metre}' in printed
         assert f'M:{metre}\n' in (tmp_path / 'x.abc').read_text()
-    assert 'in 9/8' in scripts_run('sample', f'--ckpt={path}', '--metre=9/8', status=2)
+    # it tries eight times eight
+    assert 'none of 64 tunes was one in 9/8' in scripts_run('sample', f'--ckpt={path}', '--metre=9/8', status=2)
 
 
 @pytest.mark.parametrize('sharps', [2, None])
@@ -2392,17 +2385,18 @@ def test_sample_goes_on_in_the_key_of_the_prompt(tmp_path, monkeypatch, sharps):
 
 
 @pytest.mark.parametrize('common_key, words, sharps', [
-    (True, [], 1), (True, ['--key=Eb'], -3), (False, [], 0), (False, ['--key=Eb'], -3)])
+    (True, [], 1), (True, ['--key=Eb'], -3), (False, [], 0), (False, ['--key=A'], 3), (False, ['--key=Cm'], -3)])
 def test_sample_plays_in_the_key_of_the_training_tunes(tmp_path, monkeypatch, common_key, words, sharps):
     """What is composed in C major is played where most training tunes were before they were moved to C major."""
     roll = data.PianoRoll()
     path = scripts_untrained(tmp_path / 'm.pt', roll, common_key=common_key, sharps=1)
-    notes = scripts_dance().notes
+    notes = np.concatenate((scripts_dance().notes, [[87, 16, 17]]))
     scripts_pretend(monkeypatch, roll.encode(Song('', notes)))
     _, song = scripts_sample(path, tmp_path / 'x', '--best_of=1', *words)
-    shift = (7 * sharps + 6) % 12 - 6
-    assert song.sharps == sharps
-    np.testing.assert_allclose(song.notes, notes + [shift, 0, 0])
+    moved = notes + [(7 * sharps + 6) % 12 - 6, 0, 0]
+    assert (song.sharps, song.minor) == (sharps, words == ['--key=Cm'])
+    # the highest key of a piano has none above it
+    np.testing.assert_allclose(song.notes, moved[moved[:, 0] < 88])
 
 
 def test_sample_keeps_the_key_and_metre_that_a_prompt_tells(tmp_path, monkeypatch):
@@ -2536,9 +2530,10 @@ def scripts_last(out, arch='rwkv'):
     return weights + moments, rows, (saved['run']['step'], best['valid'])
 
 
-@pytest.mark.parametrize('arch', ['rwkv', 'lstm'])
-def test_resume_is_bit_for_bit_the_run_that_never_stopped(book, tmp_path, monkeypatch, arch):
-    options = f'--arch={arch}', '--max_iters=9', '--eval_interval=4', '--log_interval=3', '--dropout=0.3'
+@pytest.mark.parametrize('arch, dtype', [('rwkv', 'bfloat16'), ('lstm', 'float32')])
+def test_resume_is_bit_for_bit_the_run_that_never_stopped(book, tmp_path, monkeypatch, arch, dtype):
+    options = (f'--arch={arch}', f'--dtype={dtype}', '--max_iters=9', '--eval_interval=4', '--log_interval=3',
+               '--dropout=0.3')
     scripts_train(book, tmp_path / 'whole', *options)
     steps = 0
     draw = data.Dataset.batch
@@ -2581,11 +2576,12 @@ def test_resume_on_other_music_is_judged_anew(out, tmp_path):
     other = tmp_path / 'other'
     other.mkdir()
     for i in range(4):
-        notation.write_midi([(9 * t % 70 + i, t / 4, t) for t in range(50)], other / f'{i}.mid')
+        notation.write_midi([(9 * t % 70 + i, t / 4, t) for t in range(50)], other / f'{i}.mid', sharps=2)
     before = load_checkpoint(out / 'rwkv.pt')[1]
     scripts_train(other, out, '--resume', '--max_iters=81')
     after = load_checkpoint(out / 'rwkv.pt')[1]
-    assert after['valid'] > 2 * before['valid'] and after['meta']['data'] == str(other)
+    assert after['valid'] > 2 * before['valid']
+    assert (after['meta']['data'], after['meta']['sharps']) == (str(other), 2)
     # the first model that was validated on it is the best so far, or its last step
     last = load_checkpoint(out / 'rwkv.last.pt')[1]
     assert any(all(torch.equal(after['model'][name], last[kept][name]) for name in last[kept])
@@ -2675,11 +2671,14 @@ def test_sample_without_enough_memory_says_so(out, monkeypatch):
 def test_full_disk_leaves_the_checkpoints(book, out, monkeypatch, name):
     before = scripts_files(out)
 
-    def full(file):
-        if Path(os.readlink(f'/proc/self/fd/{file}')).name.startswith(f'{name}.'):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    replace = os.replace
 
-    monkeypatch.setattr(os, 'fsync', full)
+    def full(part, path):
+        if Path(path).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(part, path)
+
+    monkeypatch.setattr(os, 'replace', full)
     assert f'{name} (No space left' in scripts_train(book, out, '--resume', '--max_iters=82', status=2)
     after = scripts_files(out)
     assert after.get(name) == before.get(name) and not any('.part' in name for name in after)
@@ -2710,7 +2709,7 @@ def test_two_processes_with_batch_4_train_as_one_with_batch_8(book, tmp_path):
     one, rows, _ = scripts_last(tmp_path / 'one', 'lstm')
     two, rows_of_two, _ = scripts_last(tmp_path / 'two', 'lstm')
     assert scripts_close(one, two)
-    scripts_train(book, tmp_path / 'other', *options, '--seed=8')
+    scripts_train(book, tmp_path / 'other', *options, '--batch_size=4')
     assert not scripts_close(one, scripts_last(tmp_path / 'other', 'lstm')[0])
     # validation and test, of which each process did a share
     for a, b in zip(rows, rows_of_two, strict=True):
@@ -2733,8 +2732,8 @@ def test_muon_moves_matrices_alike_in_all_directions(shape):
     assert X.shape == shape and sizes.min() > 0.68 and sizes.max() < 1.22
     # one at a time, at any length, in any type
     torch.testing.assert_close(train.orthogonal(G[-1:]), X[-1:])
-    torch.testing.assert_close(train.orthogonal(1e-3 * G), X, rtol=0, atol=1e-2)
-    torch.testing.assert_close(train.orthogonal(G.bfloat16()), X.bfloat16(), rtol=0, atol=0.1)
+    torch.testing.assert_close(train.orthogonal(1e-3 * G), X, rtol=0, atol=1e-4)
+    torch.testing.assert_close(train.orthogonal(G.bfloat16()), X.bfloat16(), rtol=0, atol=2 ** -5)
 
 
 def test_muon_steps_by_momentum_shape_and_decay():
@@ -2838,6 +2837,72 @@ def test_bfloat16_where_the_processor_multiplies_in_it(monkeypatch, flags, has):
     assert not train.has_bfloat16(torch.device('cpu'))
 
 
+@pytest.mark.parametrize('last, best', [(2.0, 3.0), (3.0, 2.0), (2.0, 2.0)])
+def test_train_all_validation_songs_decide_between_the_last_model_and_the_best_by_a_sample(
+        book, tmp_path, monkeypatch, last, best):
+    setup = train.set_up(train.parse_args([f'--data={book}', f'--out_dir={tmp_path}', '--block_size=16', '--n_embd=8']))
+    weight = setup.model.emb.weight
+    run = train.Run(weights={name: value.clone() for name, value in setup.model.state_dict().items()})
+    run.weights['emb.weight'].fill_(best)
+    torch.nn.init.constant_(weight, last)
+    monkeypatch.setattr(train, 'evaluate', lambda model, *_: train.Score(model.emb.weight.mean().item(), 0.0, 1, 1))
+    train.finish(setup, run)
+    kept, checkpoint = load_checkpoint(setup.best)
+    assert checkpoint['valid'] == checkpoint['scores']['test']['frame'] == kept.emb.weight.mean() == min(last, best)
+
+
+@pytest.mark.parametrize('words, device, wanted', [
+    ('', 'cpu', Config(177, lookback=256, beat=4)),
+    ('', 'cuda', Config(177, n_layer=6, n_embd=384, lookback=256, beat=4)),
+    ('--representation=events --lookback=2 --dropout=0.25 --n_layer=2 --n_embd=16', 'cpu',
+     Config(273, head='softmax', n_layer=2, n_embd=16, dropout=0.25, lookback=14, beat=12, shift=176)),
+    ('--arch=transformer --head=bernoulli --window=99 --n_embd=16 --clock=no --lookback=0 --onsets=no', 'cpu',
+     Config(89, 'transformer', 'bernoulli', n_embd=16, window=99))])
+def test_train_options_make_the_model(words, device, wanted):
+    args = train.parse_args(['--dtype=float32', *words.split()])
+    train.complete(args, torch.device(device), 1)
+    assert train.make_config(args, train.make_representation(args), torch.device(device)) == wanted
+
+
+@pytest.mark.parametrize('arch, name, dtype, history', [
+    ('rnn', 'abc', 'float32', 256), ('transformer', 'events', 'bfloat16', 448)])
+def test_train_makes_the_step_that_the_options_ask_for(book, tmp_path, monkeypatch, arch, name, dtype, history):
+    asked = []
+    draw = data.Dataset.batch
+    loss = Model.loss
+    monkeypatch.setattr(data.Dataset, 'batch', lambda self, *words: asked.append(words) or draw(self, *words))
+    monkeypatch.setattr(Model, 'loss', lambda *words: asked.append(torch.is_autocast_enabled('cpu')) or loss(*words))
+    scripts_train(book, tmp_path, f'--arch={arch}', f'--representation={name}', f'--dtype={dtype}', '--common_key=yes',
+                  '--max_iters=1', '--learning_rate=0.1', '--warmup_iters=9', '--grad_clip=0.01')
+    *_, (_, *sizes, _, before), autocast = asked
+    assert (sizes, before, autocast) == ([4, 32, 6], history, dtype == 'bfloat16')
+    _, saved = load_checkpoint(tmp_path / f'{arch}.last.pt')
+    assert saved['meta']['representation']['name'] == name and saved['meta']['common_key']
+    # AdamW's first step moves what began at 0 by the learning rate, of which a tenth is warm
+    assert saved['model']['ln_out.bias'].abs().max().item() == pytest.approx(0.01, rel=0.01)
+    # both optimisers remember a share of the gradient
+    adamw, muon = saved['optimizers']
+    grads = [state['exp_avg'] / 0.1 for state in adamw.values()] + [state['momentum'] / 0.05 for state in muon.values()]
+    assert torch.cat([grad.flatten() for grad in grads]).norm().item() == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize('nodes, command', [
+    (1, "torchrun --standalone --nproc_per_node=2 train.py '--out_dir=my run' --resume"),
+    (2, 'the torchrun command of each node, with --resume')])
+def test_train_command_to_go_on_with_torchrun(monkeypatch, nodes, command):
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--out_dir=my run'])
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    monkeypatch.setenv('WORLD_SIZE', str(2 * nodes))
+    assert train.go_on_command() == command
+
+
+@pytest.mark.parametrize('script, told', [
+    ('train', '(default: 8.0)'), ('sample', '(default: 256.0)'), ('compare', '(default: out/compare)'),
+    ('data', 'the .npz to write')])
+def test_help_tells_the_options_and_their_defaults(script, told):
+    assert told in scripts_run(script, '--help')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Hostile files: `python test_model.py 20000` reads so many mutated files, and prints how it went; the test reads a few
 
@@ -2910,7 +2975,6 @@ def hostile_read(path):
 def survive(count, folder):
     """Reads mutated files, as many as asked for in all; returns what became of them. Each costs 2 s at most, all
     together 500 MB, and none changes anything."""
-    rng = random.Random(count)
     sound = hostile_sound_files(folder / 'a')
     result = {kind: Counter() for kind in sound}
     changes = []
@@ -2923,8 +2987,10 @@ def survive(count, folder):
 
     sys.addaudithook(watch)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 << 20 if sys.platform == 'darwin' else 1 << 10
     kinds = [(kind, hostile_mutate) for kind in sound] + [(kind, hostile_mutate_member) for kind in ('zip', 'pt')]
-    for kind, mutate in itertools.islice(itertools.cycle(kinds), count):
+    for i, (kind, mutate) in enumerate(itertools.islice(itertools.cycle(kinds), count)):
+        rng = random.Random(i)
         path = folder / f'x.{kind}'
         path.write_bytes(mutate(rng, rng.choice(sound[kind]), sound[kind]))
         changes.clear()
@@ -2932,7 +2998,7 @@ def survive(count, folder):
         with contextlib.redirect_stderr(io.StringIO()) as told:
             read = hostile_read(path)
         seconds = time.process_time() - start
-        megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
+        megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / unit
         result[kind].update(files=1, read=read, seconds=seconds)
         assert seconds < 2 and megabytes < 500 and len(told.getvalue()) < 10_000, (path, seconds, megabytes)
         assert not changes, (path, changes)
@@ -2940,22 +3006,10 @@ def survive(count, folder):
 
 
 def test_hostile_files(tmp_path):
-    result = survive(400, tmp_path)
-    assert all(0 < row['read'] < row['files'] for row in result.values())
-
-
-@pytest.mark.parametrize('last, best', [(2.0, 3.0), (3.0, 2.0), (2.0, 2.0)])
-def test_train_all_validation_songs_decide_between_the_last_model_and_the_best_by_a_sample(
-        book, tmp_path, monkeypatch, last, best):
-    setup = train.set_up(train.parse_args([f'--data={book}', f'--out_dir={tmp_path}', '--block_size=16', '--n_embd=8']))
-    weight = setup.model.emb.weight
-    run = train.Run(weights={name: value.clone() for name, value in setup.model.state_dict().items()})
-    run.weights['emb.weight'].fill_(best)
-    torch.nn.init.constant_(weight, last)
-    monkeypatch.setattr(train, 'evaluate', lambda model, *_: train.Score(model.emb.weight.mean().item(), 0.0, 1, 1))
-    train.finish(setup, run)
-    kept, checkpoint = load_checkpoint(setup.best)
-    assert checkpoint['valid'] == checkpoint['scores']['test']['frame'] == kept.emb.weight.mean() == min(last, best)
+    # in a process of its own, since neither the most memory that one has had nor an audit hook goes away
+    done = subprocess.run([sys.executable, __file__, '400', tmp_path], capture_output=True, text=True, env=SCRIPTS_ENV)
+    assert done.returncode == 0, done.stderr
+    assert all(0 < row['read'] < row['files'] for row in json.loads(done.stdout).values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2981,7 +3035,7 @@ def test_render_silence_is_silent_and_nothing_clips():
     sound = render.synthesise(notes)
     assert sound.dtype == np.int16 and not sound[:44100].any() and sound[44100:66150].any()
     assert not sound[int(3.5 * 44100):10 * 44100].any() and sound[10 * 44100:].any() and not sound[-1].any()
-    assert np.abs(sound.astype(int)).max() == round(0.9 * 32767) and np.abs(sound.mean(0)).max() < 33
+    assert np.abs(sound.astype(int)).max() == round(0.9 * 32767) and np.abs(sound.mean(0)).max() < 1
     assert np.array_equal(sound, render.synthesise(notes))
 
 
@@ -3232,13 +3286,13 @@ def compare_model(folder, arch, representation):
     meta = dict(data=str(folder / 'music'), source='music', representation=representation.settings, common_key=False,
                 tempo=120.0)
     torch.manual_seed(0)
-    config = model.Config(representation.V, arch, representation.heads[-1], n_layer=1, n_embd=8, lookback=4,
-                          beat=representation.beat, shift=representation.shift)
-    net = model.Model(config)
+    config = Config(representation.V, arch, representation.heads[-1], n_layer=1, n_embd=8, lookback=4,
+                    beat=representation.beat, shift=representation.shift)
+    net = Model(config)
     if config.head == 'bernoulli':
         # few keys at a time, and now and then an end
         torch.nn.init.constant_(net.head.out.bias, -4.0)
-    model.save_checkpoint(folder / f'{arch}.pt', net, meta=meta, step=1, valid=1.0)
+    save_checkpoint(folder / f'{arch}.pt', net, meta=meta, step=1, valid=1.0)
 
 
 def test_compare_best_are_those_nearest_to_songs_that_are_drawn():
@@ -3277,19 +3331,31 @@ def test_compare_composing_has_the_nucleus_of_the_representation(monkeypatch, as
     assert compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, None) == ([], 1)
 
 
-def compare_run(monkeypatch, *words):
-    monkeypatch.setattr('sys.argv', ['compare.py', '--num_samples=5', '--length=24', *map(str, words)])
-    compare.main()
+def test_compare_composed_tunes_are_told_their_cost_and_end(monkeypatch):
+    roll = data.PianoRoll(2)
+    torch.manual_seed(0)
+    net = Model(Config(roll.V, n_layer=1, n_embd=8)).eval()
+    frames = roll.encode(scripts_dance(bars=1))
+    monkeypatch.setattr(Model, 'compose', lambda *_, **__: [torch.from_numpy(frames[2:end]) for end in (8, 7, 2)])
+    args = SimpleNamespace(length=3, min_length=1, temperature=1, top_p=1)
+    (whole, shorter), count = compare.compose(net, roll, frames[:2], 3, args, None)
+    nats = net.nats(torch.from_numpy(np.concatenate((roll.boundary(), frames))).unsqueeze(0))[0]
+    assert count == 6 + 5 and (whole.ended, shorter.ended) == (False, True)
+    assert (whole.nats, shorter.nats) == pytest.approx((nats[2:].mean().item(), nats[2:7].mean().item()))
+    assert np.array_equal(whole.song.notes, roll.decode(frames))
 
 
-def test_compare_runs(tmp_path, monkeypatch, capsys):
+def compare_run(*words, **more):
+    return scripts_run('compare', '--num_samples=5', '--length=24', *words, **more)
+
+
+def test_compare_runs(tmp_path):
     compare_model(tmp_path, 'lstm', data.PianoRoll(2))
     compare_model(tmp_path, 'rwkv', data.Events(4))
     (tmp_path / 'lstm.csv').write_text('iter,minutes,valid\n0,0,9.5\n10,1,2.5\n20,2,2.25\n')
     tables = []
     for out in (tmp_path / 'a', tmp_path / 'b'):
-        compare_run(monkeypatch, tmp_path / 'lstm.pt', tmp_path / 'rwkv.pt', f'--out={out}', '--best_of=2')
-        printed = capsys.readouterr().out
+        printed = compare_run(tmp_path / 'lstm.pt', tmp_path / 'rwkv.pt', f'--out={out}', '--best_of=2')
         assert all(word in printed for word in ('test songs', 'training songs', 'KS lstm', 'rwkv', 'mean distance'))
         rows = list(csv.DictReader(out.with_suffix('.csv').open()))
         assert len(rows) == 21 + 9 and list(rows[0]) == [
@@ -3302,19 +3368,19 @@ def test_compare_runs(tmp_path, monkeypatch, capsys):
     assert tables[0] == tables[1]
     real = {row['']: row['test songs'] for row in tables[0]}
     assert (real['beats'], real['ended']) == ('16.000', '1.000')
-    compare_run(monkeypatch, tmp_path / 'lstm.pt', f'--out={out}', '--length=15', '--min_length=1')
+    compare_run(tmp_path / 'lstm.pt', f'--out={out}', '--length=15', '--min_length=1')
     assert '\nended,0.000,0.000,0.000,' in out.with_suffix('.csv').read_text()
 
 
-def test_compare_refuses(tmp_path, monkeypatch):
+@pytest.mark.parametrize('words, message', [
+    (['a/lstm.pt', 'b/lstm.pt'], 'compare them apart'), (['a/rnn.pt'], 'no tune that can be'),
+    (['a/lstm.pt', '--length=1e6'], '--length=1e+06 is more')])
+def test_compare_refuses(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
     for name in ('a', 'b'):
-        compare_model(tmp_path / name, 'lstm', data.PianoRoll(2))
-    compare_model(tmp_path / 'a', 'rnn', data.AbcText())
-    for models, message in ((('a/lstm.pt', 'b/lstm.pt'), 'compare them apart'), (('a/rnn.pt',), 'no tune that can be')):
-        with pytest.raises(UserError, match=message):
-            compare_run(monkeypatch, *[tmp_path / path for path in models], f'--out={tmp_path}/c')
-    with pytest.raises(UserError, match='--length=1e.06 is more'):
-        compare_run(monkeypatch, tmp_path / 'a/lstm.pt', f'--out={tmp_path}/c', '--length=1e6')
+        compare_model(Path(name).resolve(), 'lstm', data.PianoRoll(2))
+    compare_model(Path('a').resolve(), 'rnn', data.AbcText())
+    assert message in compare_run(*words, '--out=c', status=2)
 
 
 if __name__ == '__main__':
