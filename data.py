@@ -427,9 +427,7 @@ def load(data='nottingham', representation=None, common_key=None, log=print):
             songs.append((file, song))
         else:
             skipped.append(f'{song.name} is longer than {longest:,.0f} beats: cut it, or lower --steps_per_beat')
-    if not songs:
-        raise UserError(f'no song in {data} can be used: {skipped[0]}')
-    tell_what_is_skipped(skipped)
+    tell_what_is_skipped(data, songs, skipped)
     tell_what_is_left_out([song for _, song in songs], log)
     keys = [song.sharps for _, song in songs]
     if common_key is None:
@@ -444,8 +442,10 @@ def load(data='nottingham', representation=None, common_key=None, log=print):
     return dataset
 
 
-def tell_what_is_skipped(skipped):
-    """The first five sentences, on stderr."""
+def tell_what_is_skipped(data, songs, skipped):
+    """Up to five of the sentences, on stderr. Raises UserError if no song is left."""
+    if not songs:
+        raise UserError(f'no song in {data} can be used: {skipped[0]}')
     for sentence in skipped[:5]:
         print(printable(f'skipped: {sentence}'), file=sys.stderr)
     if len(skipped) > 5:
@@ -700,9 +700,7 @@ def main():
         raise UserError(f'{args.out} has to end in .npz, by which --data knows it: give another name')
     check_writable(args.out)
     songs, skipped = read_music(args.music.resolve(), print)
-    if not songs:
-        raise UserError(f'no song in {args.music} can be used: {skipped[0]}')
-    tell_what_is_skipped(skipped)
+    tell_what_is_skipped(args.music, songs, skipped)
     save_songs(args.out, songs, skipped)
     notes = sum(len(song.notes) for _, song in songs)
     print(f'{args.out}: {len(songs):,} songs, {notes:,} notes, {len(skipped):,} skipped')

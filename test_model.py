@@ -2147,7 +2147,7 @@ def scripts_run(script, *words, status=0):
     ended = 0
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail('it hangs'))
-    signal.alarm(600)
+    signal.alarm(100)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, 'argv', [f'{script}.py', *map(str, words)])
         try:
@@ -2805,7 +2805,7 @@ def test_validations_are_about_twenty(words, step_takes, validation_takes, wante
     done = 0
     while done < 1:
         done = train.progress(run, args)
-        if train.is_due(run, args):
+        if train.is_due(run, done, args):
             at.append(done)
             run.validated = int(done * train.VALIDATIONS)
             run.validated_at = run.step
@@ -2819,7 +2819,7 @@ def test_validations_are_about_twenty(words, step_takes, validation_takes, wante
 def test_validations_go_on_where_a_finished_run_is_made_longer():
     args = train.parse_args(['--max_iters=4000', '--max_minutes=0'])
     run = train.Run(step=2000, validated=train.VALIDATIONS, validated_at=2000)
-    while not train.is_due(run, args):
+    while not train.is_due(run, train.progress(run, args), args):
         run.step += 1
     assert run.step == 2000 + 10 * train.EVAL_STEPS
 

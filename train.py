@@ -309,10 +309,9 @@ def progress(run, args):
     return min(1.0, max(by_steps, by_clock)) if run.step else 0.0
 
 
-def is_due(run, args):
+def is_due(run, done, args):
     """Is it time to validate? At the start and the end, and after every --eval_interval steps or twentieth of the run,
     but not so often that it would take more than a twentieth of the time."""
-    done = progress(run, args)
     if done in (0, 1):
         return True
     if args.eval_interval:
@@ -428,8 +427,12 @@ def set_up(args):
     return Setup(args, device, dataset, model, copy.deepcopy(model), make_optimizers(model, args), meta, *files)
 
 
-def claim(path):
-    """Tells of another process that trains under the same name, and notes this one's number in path."""
+def claim(setup):
+    """Clears what killed runs of this name left, tells of another process that trains under it, and notes this one."""
+    if ranks()[0]:
+        return
+    path = setup.claim
+    clear_parts(setup.args.out_dir, setup.args.arch)
     with contextlib.suppress(UserError, ValueError):
         other = int(read_bytes(path, 20))
         if other != os.getpid() and is_alive(other):
@@ -520,25 +523,22 @@ def train(args, saved=None):
     setup = set_up(args)
     _, device, dataset, model, average, optimizers, *_ = setup
     parameters = list(model.parameters())
-    if rank == 0:
-        clear_parts(args.out_dir, args.arch)
-        claim(setup.claim)
+    claim(setup)
     describe(setup)
     run = restore(saved, setup) if saved else Run()
     loss_of = torch.compile(model.loss) if args.compile else model.loss
     signals = catch_signals()
     begin = time.perf_counter() - run.seconds
     while True:
-        # the first process has the clock, any of them may have got a signal; all must decide alike
+        # the first process has the clock, any of them may have got a signal; all must go on alike
         run.seconds = time.perf_counter() - begin
         done = progress(run, args) if rank == 0 else 0.0
-        due = rank == 0 and is_due(run, args)
-        done, due, stopped = together([done, due, max(signals, default=0)], device, largest=True)
+        done, stopped = together([done, max(signals, default=0)], device, largest=True)
         if stopped:
             save_last(setup, run)
             say(f'stopped at step {run.step}; to go on:  {go_on_command()}')
             return int(stopped)
-        if due:
+        if is_due(run, done, args):
             validate(setup, run, done)
         if done == 1:
             break
@@ -574,7 +574,6 @@ def train(args, saved=None):
         run.spent += time.perf_counter() - began
         if run.step % args.log_interval == 0:
             log_progress(run, args, lr, time.perf_counter() - begin)
-    obey_signals()      # all that --resume needs is saved, the rest can be done again
     finish(setup, run)
     return 0
 
@@ -611,6 +610,7 @@ def log_progress(run, args, lr, seconds):
 
 def finish(setup, run):
     """Scores the best model on all validation and test songs, and says where everything is."""
+    obey_signals()      # all that --resume needs is saved, the rest can be done again
     model = setup.model
     # the best average by a sample of the validation songs, or the last weights, which the small learning rate has
     # brought to rest: all validation songs decide
