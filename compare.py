@@ -188,31 +188,26 @@ def check_size(args, model, representation):
                         f'--length={args.length:g} is too much at once: ask for fewer or shorter tunes')
 
 
-def best(tunes, songs, count, seed):
-    """count of the Tunes: the one nearest to any of the songs; or, where several are to be as unlike each other as
-    songs are, for each a song is drawn and the tune nearest to it is taken, the nearest pair first."""
+def best(tunes, songs, count):
+    """count of the Tunes, one after another: each time the one with which those taken are, as a whole, most like the
+    songs, by the mean Kolmogorov-Smirnov distance over the features. So the first is the most usual one, and several
+    are as varied as songs are."""
     if not songs:
         return sorted(tunes, key=lambda tune: not tune.ended)[:count]
-    apart = distances(tunes, songs)
-    if count == 1:
-        return [tunes[apart.min(1).argmin()]]
-    rng = np.random.default_rng(seed)
-    taken = []
-    for _ in range(min(count, len(tunes))):
-        song = rng.integers(apart.shape[1])
-        nearest = apart[:, song].argmin()
-        taken.append((apart[nearest, song], nearest))
-        apart[nearest] = math.inf
-    return [tunes[i] for _, i in sorted(taken)]
-
-
-def distances(tunes, songs):
-    """How far Tunes are from some of the songs, (tunes, songs). A tune is a point, its features in units of their
-    spread among the songs."""
     real = points([(song.notes, True) for song in some(songs)])
     composed = points([(tune.song.notes, tune.ended) for tune in tunes])
-    apart = np.abs(composed[:, None] - real) / (real.std(0) + 1e-3)     # (tunes, songs, features)
-    return apart.mean(2)
+    # shares can be farthest apart at a song's number, or just below it
+    levels = np.concatenate((real, real - 1e-6))
+    share = (real[:, None] <= levels).mean(0, dtype=np.float32)     # (levels, features)
+    reaches = composed[:, None] <= levels                           # (tunes, levels, features)
+    taken = []
+    total = np.zeros_like(share)                                    # how many of those taken reach each level
+    while len(taken) < min(count, len(tunes)):
+        apart = np.abs((total + reaches) / (len(taken) + 1) - share).max(1).mean(1)
+        apart[taken] = math.inf
+        taken.append(apart.argmin())
+        total += reaches[taken[-1]]
+    return [tunes[i] for i in taken]
 
 
 def points(tunes):
@@ -296,7 +291,7 @@ def model_column(name, model, dataset, real, book, args):
     if not composed:
         raise UserError(f'{name} composed no tune that can be read: train it for longer')
     train.say(f'{name}: measuring the tunes', passing=True)
-    tunes = best(composed, dataset.songs['train'], args.num_samples, args.seed)
+    tunes = best(composed, dataset.songs['train'], args.num_samples)
     tunes.sort(key=lambda tune: tune.nats)
     median = tunes[len(tunes) // 2]
     facts['nats a frame of its median tune'] = f'{median.nats:.3f}'

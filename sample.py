@@ -1,7 +1,7 @@
 """Compose with a trained model:  python sample.py --ckpt out/rwkv.pt
 
 Writes out/rwkv.mid (play, edit), .abc (sheet music), .wav (listen) and .svg (look); with --num_samples, out/rwkv-1.mid
-and so on, the best first.
+and so on, as varied as songs are.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def parse_args():
         ('device', 'cpu', str, 'cpu, cuda, ...'))
     add_options(
         parser, 'composing',
-        ('num_samples', 1, number(int, 1, 1000), 'tunes to write, the best first'),
+        ('num_samples', 1, number(int, 1, 1000), 'tunes to write, as varied as songs are'),
         ('best_of', 8, number(int, 1, 1000), 'tunes composed, side by side, for each that is written'),
         *compare.COMPOSING,
         ('metre', None, dict(choices=sorted(notation.BARS)), 'keep only tunes in this metre (default: any)'),
@@ -203,7 +203,7 @@ def main():
     prompt_beats = 0.0 if args.no_prompt else opening.notes[:, 2].max(initial=0)
     songs = training_songs(meta)
     book = data.copy_book([data.intervals(song.notes, compare.GRID) for song in songs])
-    for name, tune in zip(names, compare.best(tunes, songs, args.num_samples, seed)):
+    for name, tune in zip(names, compare.best(tunes, songs, args.num_samples)):
         song = finished(tune.song, opening, args, semitones, meta)
         line = write(song, name, tempo, prompt_beats)
         line += f', {tune.nats:.3f} nats/frame, {len(song.notes)} notes, {song.notes[:, 2].max(initial=0):g} beats'
