@@ -6,6 +6,7 @@ Applications 32, 2020). The training songs stand beside: what they get is as goo
 Writes out/compare.csv and out/compare.svg.
 """
 
+import itertools
 import math
 import time
 from pathlib import Path
@@ -44,7 +45,8 @@ def features(notes, ended):
     # of hours of music the first part is enough, and silence of hours before it is left out
     begin = HEARD * (notes[0, 1] // HEARD)
     notes = notes - [0, begin, begin]
-    notes = np.minimum(notes[notes[:, 1] < HEARD], [notation.KEYS, HEARD, HEARD])
+    notes = notes[notes[:, 1] < HEARD]
+    notes[:, 2] = np.minimum(notes[:, 2], HEARD)
     # to twelfths of a beat, since players let go of a note a little early
     notes = data.quantise(notes, 12) / [1, 12, 12]
     is_melody = notation.is_melody(notes)
@@ -58,8 +60,9 @@ def features(notes, ended):
     leaps = np.abs(np.diff(melody[:, 0]))
     onsets = np.unique(notes[:, 1])
     roll = data.PianoRoll(GRID)
-    # a sum of random numbers, one for each unit
-    steps = roll.encode(Song('', notes)) @ np.random.default_rng(0).integers(1 << 50, size=roll.V)
+    # a step's number is the sum of random ones, one for each unit that is on
+    numbers = np.random.default_rng(0).integers(1 << 50, size=roll.V)
+    steps = roll.encode(Song('', notes)) @ numbers
     below = roll.encode(Song('', chords)).any(1)
     beats = notes[:, 2].max()
     bar, pickup = notation.estimate_metre(notes)
@@ -109,17 +112,20 @@ def mean(values):
 
 def on_chord(melody, chords):
     """Share of the melody notes over a chord that belong to it."""
+    # tables of melody notes (rows) and notes of chords (columns)
     at = melody[:, 1:2]
     sounding = (chords[:, 1] <= at) & (at < chords[:, 2])
     same = (melody[:, :1] - chords[:, 0]) % 12 == 0
-    return mean((sounding & same).any(1)[sounding.any(1)])
+    over_a_chord = sounding.any(1)
+    fits = (sounding & same).any(1)
+    return mean(fits[over_a_chord])
 
 
 def chord_changes(chords):
     """How often other keys are struck under the melody than before."""
     keys, onset, _ = chords.T
     struck = [set(keys[onset == time]) for time in np.unique(onset)]
-    return sum(a != b for a, b in zip(struck, struck[1:]))
+    return sum(a != b for a, b in itertools.pairwise(struck))
 
 
 def repeats(steps):
@@ -136,10 +142,12 @@ def repeats(steps):
 
 def circles(steps):
     """1 if something of eight beats or less comes three times in a row or more, for twelve beats or more, else 0."""
-    for lag in range(1, min(8 * GRID, len(steps) - 1) + 1):
+    longest = min(8 * GRID, len(steps) - 1)
+    for lag in range(1, longest + 1):
         same = steps[lag:] == steps[:-lag]
         needed = max(2 * lag, 12 * GRID - lag)
-        if np.convolve(same, np.ones(needed)).max() > needed - 0.5:
+        in_a_row = np.convolve(same, np.ones(needed))
+        if in_a_row.max() > needed - 0.5:
             return 1
     return 0
 
@@ -160,10 +168,13 @@ def compose(model, representation, opening, count, args, generator):
     args has length, min_length (beats), temperature and top_p."""
     steps = representation.frames_per_beat
     length = math.ceil(args.length * steps)
-    prompt = torch.from_numpy(np.concatenate((representation.boundary(), opening))).to(next(model.parameters()).device)
+    at_least = math.ceil(args.min_length * steps)
     top_p = args.top_p or representation.top_p
-    composed = model.compose(prompt.expand(count, -1, -1), length, args.temperature, top_p, generator,
-                             at_least=math.ceil(args.min_length * steps))
+    device = next(model.parameters()).device
+    prompt = np.concatenate((representation.boundary(), opening))
+    prompt = torch.from_numpy(prompt).to(device)
+    prompts = prompt.expand(count, -1, -1)
+    composed = model.compose(prompts, length, args.temperature, top_p, generator, at_least)
     tunes = []
     for frames in composed:
         try:
@@ -172,8 +183,9 @@ def compose(model, representation, opening, count, args, generator):
             continue
         if len(frames) and len(song.notes):
             # the model's own opinion of it, from the first frame after the opening
-            nats = model.nats(torch.cat((prompt, frames)).unsqueeze(0))[:, len(prompt) - 1:].double().mean().item()
-            tunes.append(Tune(song, nats, len(frames) < length))
+            whole = torch.cat((prompt, frames))
+            nats = model.nats(whole.unsqueeze(0))[0, len(prompt) - 1:]
+            tunes.append(Tune(song, nats.double().mean().item(), len(frames) < length))
     return tunes, sum(map(len, composed))
 
 
@@ -183,7 +195,8 @@ def check_size(args, model, representation):
     if length > data.MAX_FRAMES:
         raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
                         f'{data.MAX_FRAMES // representation.frames_per_beat:,} beats or less')
-    if args.num_samples * args.best_of * (length + 4 * model.config.lookback) > 200 * data.MAX_FRAMES:      # 3.5 GB
+    frames = args.num_samples * args.best_of * (length + 4 * model.config.lookback)
+    if frames > 200 * data.MAX_FRAMES:      # 3.5 GB
         raise UserError(f'--num_samples={args.num_samples} times --best_of={args.best_of} times '
                         f'--length={args.length:g} is too much at once: ask for fewer or shorter tunes')
 
@@ -203,7 +216,8 @@ def best(tunes, songs, count):
     taken = []
     total = np.zeros_like(share)                                    # how many of those taken reach each level
     while len(taken) < min(count, len(tunes)):
-        apart = np.abs((total + reaches) / (len(taken) + 1) - share).max(1).mean(1)
+        shares = (total + reaches) / (len(taken) + 1)               # with each of the tunes
+        apart = np.abs(shares - share).max(1).mean(1)
         apart[taken] = math.inf
         taken.append(apart.argmin())
         total += reaches[taken[-1]]
@@ -212,7 +226,7 @@ def best(tunes, songs, count):
 
 def points(tunes):
     """[(notes, did it end by itself?)] to (tunes, features); what a tune has nothing of counts as 0."""
-    rows = [list(features(notes, ended).values()) for notes, ended in tunes]
+    rows = [[*features(notes, ended).values()] for notes, ended in tunes]
     return np.nan_to_num(np.array(rows, dtype=float))
 
 
@@ -251,30 +265,34 @@ def distance(a, b):
     """Kolmogorov-Smirnov: how far the shares of a and of b up to a number are apart, where they are farthest; 1 where
     only one of them has numbers."""
     x = np.concatenate([a, b])
-    shares = [np.searchsorted(np.sort(part), x, side='right') / max(1, len(part)) for part in (a, b)]
-    return np.abs(shares[0] - shares[1]).max(initial=0)
+    up_to_a = np.searchsorted(np.sort(a), x, side='right') / max(1, len(a))
+    up_to_b = np.searchsorted(np.sort(b), x, side='right') / max(1, len(b))
+    return np.abs(up_to_a - up_to_b).max(initial=0)
 
 
 def read_real(dataset, split, length):
     """The Column of the test songs, or of another split, that of some training songs, and the book of them all. One of
     more than `length` beats has not ended, since a composed one would not have."""
+    def measure(notes, book):
+        return all_features(notes, book, notes[:, 2].max() <= length)
+
     songs = [song.notes for song in dataset.songs[split]]
     training = [song.notes for song in dataset.songs['train']]
     strikes = [data.intervals(notes, GRID) for notes in training]
     book = data.copy_book(strikes)
-    tunes = [all_features(notes, book, notes[:, 2].max() <= length) for notes in songs]
+    tunes = [measure(notes, book) for notes in songs]
     real = make_column(f'{split} songs', tunes, songs[len(songs) // 2])
     tunes = []
     for i in some(range(len(training))):
-        # a song is no copy of itself
-        others = data.copy_book([*strikes[:i], *strikes[i + 1:]])
-        tunes.append(all_features(training[i], others, training[i][:, 2].max() <= length))
+        others = strikes[:i] + strikes[i + 1:]      # a song is no copy of itself
+        tunes.append(measure(training[i], data.copy_book(others)))
     return real, make_column('training songs', tunes, training[0], real), book
 
 
 def model_column(name, model, dataset, real, book, args):
     """The Column of a model."""
-    facts = {'parameters': str(sum(p.numel() for p in model.parameters()))}
+    size = sum(p.numel() for p in model.parameters())
+    facts = {'parameters': str(size)}
     train.say(f'{name}: loss on the real songs', passing=True)
     for split in ('valid', 'test'):
         score = train.evaluate(model, dataset, split)
@@ -284,9 +302,11 @@ def model_column(name, model, dataset, real, book, args):
     train.say(f'{name}: composing {count} tunes', passing=True)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     representation = dataset.representation
+    opening = np.zeros((0, representation.V), np.uint8)
     began = time.perf_counter()
-    composed, frames = compose(model, representation, np.zeros((0, representation.V), np.uint8), count, args, generator)
-    facts['frames a second when composing'] = f'{frames / (time.perf_counter() - began):.0f}'
+    composed, frames = compose(model, representation, opening, count, args, generator)
+    seconds = time.perf_counter() - began
+    facts['frames a second when composing'] = f'{frames / seconds:.0f}'
     facts['tunes that can be read'] = f'{len(composed)} of {count}'
     if not composed:
         raise UserError(f'{name} composed no tune that can be read: train it for longer')
@@ -304,20 +324,26 @@ def model_column(name, model, dataset, real, book, args):
 
 def make_table(columns):
     """Rows {heading: text}: the means of the features and their distances (KS), then what else is known."""
-    table = {}
+    table = {}      # heading -> {name: text}
     for column in columns:
-        table[column.name] = {name: f'{mean(values):.3f}' for name, values in column.values.items()} | column.facts
+        means = {name: f'{mean(values):.3f}' for name, values in column.values.items()}
+        table[column.name] = means | column.facts
         if column.distances:
             table[f'KS {column.name}'] = {name: f'{far:.3f}' for name, far in column.distances.items()}
-    names = [*columns[-1].distances, *columns[-1].facts]
-    return [{'': name} | {heading: cells.get(name, '') for heading, cells in table.items()} for name in names]
+    rows = []
+    for name in [*columns[-1].distances, *columns[-1].facts]:
+        rows.append({'': name})
+        for heading, cells in table.items():
+            rows[-1][heading] = cells.get(name, '')
+    return rows
 
 
 def print_table(rows):
     """A line for each row."""
-    headings = list(rows[0])[1:]
-    for name, *cells in [['', *headings], *map(dict.values, rows)]:
-        print(f'{name:31}', *[cell.rjust(max(8, len(heading))) for cell, heading in zip(cells, headings)])
+    headings = list(rows[0])
+    for name, *cells in [headings, *map(dict.values, rows)]:
+        padded = [cell.rjust(max(8, len(heading))) for cell, heading in zip(cells, headings[1:])]
+        print(f'{name:31}', *padded)
 
 
 def draw_distances(drawing, columns):

@@ -47,7 +47,8 @@ def wkv(w, u, k, v, state=None, backend=None):
         raise ValueError('wkv: w and u must be (C,), k and v (B, T, C), none of them 0 and both of one floating type, '
                          f'state (B, 3, C), and all on one device, not {found}')
     device = k.device.type
-    ready = backend != 'torch' and k.dtype in (torch.float32, torch.bfloat16) and has_kernel(k.device)
+    known = k.dtype in (torch.float32, torch.bfloat16)
+    ready = backend != 'torch' and known and has_kernel(k.device)
     backend = backend or (device if ready else 'torch')
     if backend == 'torch':
         return wkv_torch(w, u, k, v, state)
@@ -83,7 +84,9 @@ def wkv_torch(w, u, k, v, state):
         q = torch.maximum(p, u + k_t).detach()
         old = torch.exp(p - q)
         now = torch.exp(u + k_t - q)
-        y.append((old * a + now * v_t) / (old * b + now))
+        numerator = old * a + now * v_t
+        denominator = old * b + now
+        y.append(numerator / denominator)
         q = torch.maximum(p - w, k_t).detach()
         old = torch.exp(p - w - q)
         now = torch.exp(k_t - q)
@@ -170,22 +173,22 @@ def build(path, device, flags):
 def example(B, T, C, device):
     """To try WKV on: w (memories of less than a frame, of thousands), u (C,), k, v and the gradient of y (B, T, C)."""
     w = torch.logspace(-4, 1, C, device=device)
-    k, v, g = 3 * torch.arange(3.0 * B * T * C, device=device).sin().view(3, B, T, C)
+    numbers = torch.arange(3.0 * B * T * C, device=device)
+    k, v, g = 3 * numbers.sin().view(3, B, T, C)
     return w, w.cos(), k, v, g
 
 
 def measure_error(run, *inputs):
-    """|x - exact| / |exact| of y, given the state of a first run, plus that of each gradient; exact: in float64."""
+    """The largest |x - exact| / |exact| of y, given the state of a first run, and of each gradient; exact: float64."""
     results = []
     for function, dtype in (run, torch.float32), (wkv_torch, torch.float64):
         *leaves, g = (x.to(dtype).requires_grad_() for x in inputs)
         _, state, *_ = function(*leaves, fresh_state(g))
         y, *_ = function(*leaves, state.detach())
         results.append([y, *torch.autograd.grad(y, leaves, g)])
-    error = 0
-    for x, exact in zip(*results):
-        error += (x - exact).norm() / exact.norm()
-    return error.item()
+    errors = [(x - exact).norm() / exact.norm() for x, exact in zip(*results)]
+    # a tensor's max lets NaN through
+    return torch.stack(errors).max().item()
 
 
 def launch(name, w, u, k, v, saved, *rest):
@@ -198,7 +201,8 @@ def launch(name, w, u, k, v, saved, *rest):
     with torch.cuda.device_of(k):
         if k.is_cuda:
             where = torch.cuda.current_stream().cuda_stream
-        args = (ctypes.c_int64 * 18)(where, *k.shape, k.dtype == torch.bfloat16, segments, warps, *pointers)
+        numbers = [where, *k.shape, k.dtype == torch.bfloat16, segments, warps, *pointers]
+        args = (ctypes.c_int64 * len(numbers))(*numbers)
         function = getattr(load_kernel(k.device), name)
         error = function(args)
     if error:
@@ -215,14 +219,18 @@ def split_time(k):
     B, T, C = k.shape
     chunks = -(-T // CHUNK[k.device.type])
     if not k.is_cuda:
-        spare = cpu_threads(k) // (B * -(-C // 16))
+        vectors = B * -(-C // 16)
+        spare = cpu_threads(k) // vectors
         return max(1, min(spare, chunks)), 1
     # 32 warps, each with 32 channels, keep a multiprocessor busy
     multiprocessors = torch.cuda.get_device_properties(k.device).multi_processor_count
-    wanted = 32 * multiprocessors // (B * -(-C // 32))
+    blocks = B * -(-C // 32)
+    wanted = 32 * multiprocessors // blocks
+    warps = max(1, min(wanted, chunks, 16))
     segments = min(wanted, chunks // 2) // 16
-    # fewer than four do not pay for the pass that sums them up
-    return segments if segments >= 4 else 1, max(1, min(wanted, chunks, 16))
+    if segments < 4:    # so few do not pay for the pass that sums them up
+        segments = 1
+    return segments, warps
 
 
 def allocate(w, u, k, v, state):
