@@ -503,31 +503,39 @@ def mixed_precision(setup):
     return torch.autocast(setup.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def catch_signals():
-    """A list into which SIGINT and SIGTERM go: the step is finished and the run saved before they are obeyed."""
-    caught = []
+@contextlib.contextmanager
+def signals_noted():
+    """A list into which SIGINT and SIGTERM go: a step is finished and the run saved before they are obeyed."""
+    noted = []
+    before = {}
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: caught.append(signum))
-    return caught
-
-
-def obey_signals():
-    """They end the program again, as before catch_signals."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        before[signum] = signal.signal(signum, lambda signum, frame: noted.append(signum))
+    try:
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def train(args, saved=None):
     """Trains as the options say, anew or from a saved <arch>.last.pt. Returns the signal that stopped it, or 0."""
-    rank, world = ranks()
     setup = set_up(args)
-    _, device, dataset, model, average, optimizers, *_ = setup
-    parameters = list(model.parameters())
     claim(setup)
     describe(setup)
     run = restore(saved, setup) if saved else Run()
+    with signals_noted() as signals:
+        stopped = make_steps(setup, run, signals)
+    if not stopped:     # all that --resume needs is saved, what is left can be done again
+        finish(setup, run)
+    return stopped
+
+
+def make_steps(setup, run, signals):
+    """The loop: step after step until the run is done, or a signal is noted, which is returned; else 0."""
+    rank, world = ranks()
+    args, device, dataset, model, average, optimizers, *_ = setup
+    parameters = list(model.parameters())
     loss_of = torch.compile(model.loss) if args.compile else model.loss
-    signals = catch_signals()
     begin = time.perf_counter() - run.seconds
     while True:
         # the first process has the clock, any of them may have got a signal; all must go on alike
@@ -541,7 +549,7 @@ def train(args, saved=None):
         if is_due(run, done, args):
             validate(setup, run, done)
         if done == 1:
-            break
+            return 0
 
         began = time.perf_counter()
         lr = lr_at(run.step, done, args)
@@ -574,8 +582,6 @@ def train(args, saved=None):
         run.spent += time.perf_counter() - began
         if run.step % args.log_interval == 0:
             log_progress(run, args, lr, time.perf_counter() - begin)
-    finish(setup, run)
-    return 0
 
 
 @torch.no_grad()
@@ -610,7 +616,6 @@ def log_progress(run, args, lr, seconds):
 
 def finish(setup, run):
     """Scores the best model on all validation and test songs, and says where everything is."""
-    obey_signals()      # all that --resume needs is saved, the rest can be done again
     model = setup.model
     # the best average by a sample of the validation songs, or the last weights, which the small learning rate has
     # brought to rest: all validation songs decide
@@ -644,14 +649,11 @@ def main():
     if args.resume:
         saved = load_last(args.out_dir / f'{args.arch}.last.pt')
         args = parse_args([*saved['options'], *sys.argv[1:], f'--arch={args.arch}', f'--out_dir={args.out_dir}'])
-    try:
-        stopped = train(args, saved)
-        if ranks()[1] > 1:
-            dist.destroy_process_group()
-        if stopped:
-            sys.exit(128 + stopped)
-    finally:
-        obey_signals()
+    stopped = train(args, saved)
+    if ranks()[1] > 1:
+        dist.destroy_process_group()
+    if stopped:
+        sys.exit(128 + stopped)
 
 
 if __name__ == '__main__':
