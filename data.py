@@ -601,7 +601,7 @@ def find_nottingham(log):
     if NOTTINGHAM.exists():
         try:
             nottingham_files(read_bytes(NOTTINGHAM))
-            return f'Nottingham, {NOTTINGHAM}', NOTTINGHAM
+            return 'Nottingham', NOTTINGHAM
         except UserError as e:
             trouble.append(f'{NOTTINGHAM}: {e}')
     for url in NOTTINGHAM_URLS:
@@ -609,7 +609,7 @@ def find_nottingham(log):
         log(f'downloading Nottingham from {host}')
         try:
             keep_nottingham(nottingham_files(download(url)))
-            return f'Nottingham, {NOTTINGHAM}', NOTTINGHAM
+            return 'Nottingham', NOTTINGHAM
         except Exception as e:  # no network, no such archive, a bad one, or no room: try the next
             trouble.append(f'{host}: {e}')
     trouble = '; '.join(trouble)

@@ -168,12 +168,13 @@ def write(song, name, tempo, prompt_beats):
 
 
 def training_songs(meta):
-    """The training songs of a checkpoint, for their notes alone; none if they are gone."""
+    """The training songs of a checkpoint, for their notes alone; none if they are gone, or others have their place."""
     try:
         # as a piano roll, whatever the model reads: only the notes are looked at
-        return data.load(meta['data'], log=lambda line: None).songs['train']
+        dataset = data.load(meta['data'], log=lambda line: None)
     except UserError:
         return []
+    return dataset.songs['train'] if dataset.source == meta['source'] else []
 
 
 def main():

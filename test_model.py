@@ -43,6 +43,7 @@ import data
 import model as models
 import notation
 import render
+import sample
 import train
 import wkv
 from model import Clock
@@ -1241,7 +1242,7 @@ def test_data_nottingham_is_downloaded_and_kept(data_nottingham):
     dataset = data.load(log=lines.append)
     assert sorted(sum(data_names(dataset).values(), [])) == sorted(f'Nottingham/{name}' for name in files)
     assert all(f'/{split}/' in song.name for split, songs in dataset.songs.items() for song in songs)
-    assert dataset.source == f'Nottingham, {home / "nottingham.zip"} (12 songs)'
+    assert dataset.source == 'Nottingham (12 songs)'
     assert [line.startswith('downloading Nottingham from ') for line in lines] == 7 * [True] + [False]
     with zipfile.ZipFile(home / 'nottingham.zip') as archive:
         assert {name.partition('/')[2]: archive.read(name) for name in archive.namelist()} == files
@@ -2356,6 +2357,14 @@ def test_sample_prompt_of_fields_alone(tmp_path, monkeypatch):
     written = (tmp_path / 'x.abc').read_text()
     assert all(line in written for line in ('X:1\n', 'T:x\n', 'M:6/8\n', 'K:D\n', jig))
     assert '2 of 4 are valid' in printed and 'gone is not there any more' in printed
+
+
+def test_sample_looks_for_copies_in_the_songs_of_the_training_alone(book, tmp_path):
+    meta = dict(data=str(book), source=data.load(book).source)
+    assert sample.training_songs(meta)
+    # tunes.abc in place of Nottingham, for one
+    assert sample.training_songs(meta | dict(source='Nottingham (1,037 songs)')) == []
+    assert sample.training_songs(meta | dict(data=str(tmp_path / 'gone'))) == []
 
 
 def test_sample_metre_keeps_what_is_in_it(tmp_path, monkeypatch):

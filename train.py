@@ -69,8 +69,8 @@ def parse_args(words=None):
         ('n_layer', None, number(int, 1, 1000), 'layers (default: 3 on a CPU, 6 on a GPU)'),
         ('n_embd', None, number(int, 2, 65536),
          'channels (default: as many parameters as rwkv with 192, on a GPU with 384)'),
-        ('dropout', 0.5, number(float, 0, 0.99), 'share of the channels dropped of what a block adds'),
-        ('window', 1024, number(int, 1), 'frames that the attention of a transformer reaches back'),
+        ('dropout', models.Config.dropout, number(float, 0, 0.99), 'share of channels dropped of what a block adds'),
+        ('window', models.Config.window, number(int, 1), 'frames that the attention of a transformer reaches back'),
         ('clock', True, FLAG, 'the model is told where in beat, bar and section a frame stands'),
         ('lookback', 64.0, number(float, 0, 1000), 'beats of the tune that the model can look at again; 0 for none'))
     add_options(
