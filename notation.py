@@ -889,7 +889,7 @@ BEAT = 24               # ticks in a beat: a multiple of 3 is a 32nd note, a mul
 SINGLE = (16, 12, 8, 6, 4, 3, 2, 1.5, 1, 0.75, 0.5, 0.25)
 # semitones of the notes above the root -> what stands behind the root's name
 QUALITIES = {(0, 4): '', (0, 3): 'm', (0, 4, 7): '', (0, 3, 7): 'm', (0, 3, 6): 'dim', (0, 4, 8): 'aug',
-             (0, 5, 7): 'sus4', (0, 4, 7, 10): '7', (0, 3, 7, 10): 'm7', (0, 4, 7, 11): 'maj7',
+             (0, 5, 7): 'sus4', (0, 4, 7, 10): '7', (0, 3, 7, 10): 'm7', (0, 4, 7, 11): 'maj7', (0, 5, 7, 10): '7sus4',
              (0, 3, 6, 9): 'dim7', (0, 3, 6, 10): 'm7b5'}
 
 
