@@ -27,6 +27,7 @@ from notation import UserError
 GRID = 4                # steps a beat on which tunes are compared step by step
 TRAINING = 200          # training songs that stand beside, and that tunes are ranked by
 HEARD = 1000            # beats of a tune that are measured
+NEAR = 0.3              # how much it weighs that a tune is near to a song, beside variety
 COMPOSING = (           # the options of sample.py, too
     ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
     ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune'),
@@ -202,24 +203,27 @@ def check_size(args, model, representation):
 
 
 def best(tunes, songs, count):
-    """count of the Tunes, one after another: each time the one with which those taken are, as a whole, most like the
-    songs, by the mean Kolmogorov-Smirnov distance over the features. So the first is the most usual one, and several
-    are as varied as songs are."""
+    """count of the Tunes, one after another: each near to some song, and all together as varied as songs are. Taken is
+    the tune with which the features of those taken are spread most like those of the songs (mean Kolmogorov-Smirnov
+    distance), if it is itself not far from a song."""
     if not songs:
         return sorted(tunes, key=lambda tune: not tune.ended)[:count]
     real = points([(song.notes, True) for song in some(songs)])
     composed = points([(tune.song.notes, tune.ended) for tune in tunes])
+    # from the nearest song, in units of the features' spread among the songs
+    apart = np.abs(composed[:, None] - real) / (real.std(0) + 1e-3)
+    apart = apart.mean(2).min(1)
     # shares can be farthest apart at a song's number, or just below it
     levels = np.concatenate((real, real - 1e-6))
     share = (real[:, None] <= levels).mean(0, dtype=np.float32)     # (levels, features)
     reaches = composed[:, None] <= levels                           # (tunes, levels, features)
     taken = []
     total = np.zeros_like(share)                                    # how many of those taken reach each level
-    while len(taken) < min(count, len(tunes)):
-        shares = (total + reaches) / (len(taken) + 1)               # with each of the tunes
-        apart = np.abs(shares - share).max(1).mean(1)
-        apart[taken] = math.inf
-        taken.append(apart.argmin())
+    for size in range(1, min(count, len(tunes)) + 1):
+        shares = (total + reaches) / size                           # with each of the tunes
+        cost = np.abs(shares - share).max(1).mean(1) + NEAR * apart / size
+        cost[taken] = math.inf
+        taken.append(cost.argmin())
         total += reaches[taken[-1]]
     return [tunes[i] for i in taken]
 
