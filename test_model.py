@@ -3319,6 +3319,9 @@ def test_compare_best_are_as_a_whole_like_the_songs():
     taken = compare.best([circling, *endless[:5], *real[:7]], songs, 4)
     assert sorted(tune.song.notes[0, 2] for tune in taken) == [0.5, 0.5, 1, 1]
     assert all(tune.ended and tune is not circling for tune in taken)
+    # a fast one that is like no song in all else does not stand in for the fast songs
+    wrong = circling._replace(song=Song('', circling.song.notes * [1, 0.5, 0.5]))
+    assert all(tune is not wrong for tune in compare.best([wrong, *real[:3]], songs, 3))
     # no tune is taken twice
     tunes = [circling, *endless, *real]
     assert sorted(map(id, compare.best(tunes, songs, 40))) == sorted(map(id, tunes))
