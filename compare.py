@@ -203,9 +203,9 @@ def check_size(args, model, representation):
 
 
 def best(tunes, songs, count):
-    """count of the Tunes, one after another: each near to some song, and all together as varied as songs are. Taken is
-    the tune with which the features of those taken are spread most like those of the songs (mean Kolmogorov-Smirnov
-    distance), if it is itself not far from a song."""
+    """count of the Tunes, one after another: all together as varied as songs are, and each near to some song. The next
+    is the one with the lowest cost: the mean Kolmogorov-Smirnov distance of those taken, with it, to the songs, and
+    NEAR times how far it is itself from the nearest of them."""
     if not songs:
         return sorted(tunes, key=lambda tune: not tune.ended)[:count]
     real = points([(song.notes, True) for song in some(songs)])
