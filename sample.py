@@ -214,7 +214,7 @@ def main():
         if name == names[0]:
             print(render.terminal_roll(song.notes))
     if songs:
-        print(f'copies are looked for in the training songs of {meta["data"]}, in every transposition')
+        print(f'copies are looked for in the training songs of {meta["source"]}, in every transposition')
     else:
         print(f'whether it copied, and which are the best, is not known, since {meta["data"]} is not there any more')
 
