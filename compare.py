@@ -230,7 +230,7 @@ def best(tunes, songs, count):
 
 def points(tunes):
     """[(notes, did it end by itself?)] to (tunes, features); what a tune has nothing of counts as 0."""
-    rows = [[*features(notes, ended).values()] for notes, ended in tunes]
+    rows = [list(features(notes, ended).values()) for notes, ended in tunes]
     return np.nan_to_num(np.array(rows, dtype=float))
 
 
@@ -277,8 +277,8 @@ def distance(a, b):
 def read_real(dataset, split, length):
     """The Column of the test songs, or of another split, that of some training songs, and the book of them all. One of
     more than `length` beats has not ended, since a composed one would not have."""
-    def measure(notes, book):
-        return all_features(notes, book, notes[:, 2].max() <= length)
+    def measure(notes, old):
+        return all_features(notes, old, notes[:, 2].max() <= length)
 
     songs = [song.notes for song in dataset.songs[split]]
     training = [song.notes for song in dataset.songs['train']]

@@ -2286,7 +2286,7 @@ def test_sample_writes_the_same_files_for_the_same_seed(trained, tmp_path, arch)
     assert all(files[0][name] != files[2][name] for name in files[0])
 
 
-def test_sample_several_at_once_best_first(trained, tmp_path, monkeypatch):
+def test_sample_several_at_once_and_the_best_of_some(trained, tmp_path, monkeypatch):
     # what a run would go on from is a model, too
     options = '--num_samples=3', '--best_of=2', '--tempo=90'
     scripts_run('sample', f'--ckpt={trained["rwkv"].with_name("rwkv.last.pt")}', f'--out={tmp_path}/x', '--length=8',
@@ -2363,6 +2363,8 @@ def test_sample_prompt_of_fields_alone(tmp_path, monkeypatch):
 def test_sample_looks_for_copies_in_the_songs_of_the_training_alone(book, tmp_path):
     meta = dict(data=str(book), source=data.load(book).source)
     assert sample.training_songs(meta)
+    # with a song less than there was, they are still the songs
+    assert sample.training_songs(meta | dict(source=f'{book} (21 songs)'))
     # tunes.abc in place of Nottingham, for one
     assert sample.training_songs(meta | dict(source='Nottingham (1,037 songs)')) == []
     assert sample.training_songs(meta | dict(data=str(tmp_path / 'gone'))) == []
