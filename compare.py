@@ -163,10 +163,10 @@ class Tune(NamedTuple):
     ended: bool             # by the model itself
 
 
-def compose(model, representation, opening, count, args, generator):
+def compose(model, representation, opening, count, args, generator, forms=()):
     """Goes on from an opening, frames (T, V) after the boundary, count times side by side: a list of Tunes, and how
     many frames were composed in all. What the representation cannot read, ABC that is not valid for one, is left out.
-    args has length, min_length (beats), temperature and top_p."""
+    args has length, min_length (beats), temperature and top_p; forms: those of the training songs, see draw_plans."""
     steps = representation.frames_per_beat
     length = math.ceil(args.length * steps)
     at_least = math.ceil(args.min_length * steps)
@@ -175,7 +175,8 @@ def compose(model, representation, opening, count, args, generator):
     prompt = np.concatenate((representation.boundary(), opening))
     prompt = torch.from_numpy(prompt).to(device)
     prompts = prompt.expand(count, -1, -1)
-    composed = model.compose(prompts, length, args.temperature, top_p, generator, at_least)
+    plans = draw_plans(forms, count, len(opening), length, at_least, generator)
+    composed = model.compose(prompts, length, args.temperature, top_p, generator, at_least, plans)
     tunes = []
     for frames in composed:
         try:
@@ -188,6 +189,23 @@ def compose(model, representation, opening, count, args, generator):
             nats = model.nats(whole.unsqueeze(0))[0, len(prompt) - 1:]
             tunes.append(Tune(song, nats.double().mean().item(), len(frames) < length))
     return tunes, sum(map(len, composed))
+
+
+def draw_plans(forms, count, begin, length, at_least, generator):
+    """What the model is told of count tunes that go on from `begin` frames: for each the plan of a training song's
+    form, drawn from those of fitting length, (count, begin + 1 + length, 4). None if there are none."""
+    lengths = [sum(frames for _, frames, _ in form) for form in forms]
+    fitting = [form for form, frames in zip(forms, lengths) if at_least <= frames - begin <= length]
+    if not fitting:
+        return None
+    plans = torch.zeros(count, begin + 1 + length, 4, dtype=torch.int32, device=generator.device)
+    plans[..., 0] = 1                               # what is said after the end
+    picks = torch.randint(len(fitting), (count,), generator=generator, device=generator.device)
+    for rows, pick in zip(plans, picks.tolist()):
+        told = torch.from_numpy(data.plan(fitting[pick]))
+        rows[:len(told)] = told
+    plans[:, :begin] = 0                            # nothing of a person's own beginning
+    return plans
 
 
 def check_size(args, model, representation):
@@ -293,7 +311,7 @@ def read_real(dataset, split, length):
     return real, make_column('training songs', tunes, training[0], real), book
 
 
-def model_column(name, model, dataset, real, book, args):
+def model_column(name, model, dataset, real, book, args, forms):
     """The Column of a model."""
     size = sum(p.numel() for p in model.parameters())
     facts = {'parameters': str(size)}
@@ -308,7 +326,7 @@ def model_column(name, model, dataset, real, book, args):
     representation = dataset.representation
     opening = np.zeros((0, representation.V), np.uint8)
     began = time.perf_counter()
-    composed, frames = compose(model, representation, opening, count, args, generator)
+    composed, frames = compose(model, representation, opening, count, args, generator, forms)
     seconds = time.perf_counter() - began
     facts['frames a second when composing'] = f'{frames / seconds:.0f}'
     facts['tunes that can be read'] = f'{len(composed)} of {count}'
@@ -433,7 +451,7 @@ def main():
         if not models:
             train.say('measuring the real songs', passing=True)
             real, training, book = read_real(dataset, args.split, args.length)
-        models.append(model_column(name, model, dataset, real, book, args))
+        models.append(model_column(name, model, dataset, real, book, args, meta['forms']))
         curve = render.read_losses(path.with_suffix('.csv'))
         if len(curve):
             losses[name] = curve

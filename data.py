@@ -36,11 +36,13 @@ import numpy as np
 import torch
 
 from notation import KEYS
+from notation import LOWEST
 from notation import Song
 from notation import UserError
 from notation import check_writable
 from notation import common_key_shift
 from notation import decoded
+from notation import is_melody
 from notation import one_per_key
 from notation import printable
 from notation import read_abc
@@ -294,6 +296,48 @@ def representation(settings):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The form of a tune: which of its parts are new, and which repeat an earlier one, as in AABB
+
+FURTHEST = 64           # beats that a repeat may lie back
+REPEAT = 8              # beats that it has at least
+
+
+def find_form(notes, frames, beat, common_key):
+    """The parts of a song, notes (N, 3) and frames (T, V), `beat` of them to a beat: [(back, frames, home), ..]. A part
+    repeats, frame by frame, what stood `back` beats before it, or is new where back is 0; it comes home if its last
+    melody note is the tonic, which is known in the common key only."""
+    numbers = np.random.default_rng(0).integers(1 << 50, size=frames.shape[1])
+    names = frames @ numbers                    # equal for equal frames
+    back = np.zeros(len(frames), dtype=int)
+    for beats in range(FURTHEST, 0, -1):        # the nearest repeat counts
+        same = np.zeros(len(frames) + 2, dtype=int)
+        same[1 + beats * beat:-1] = names[beats * beat:] == names[:-beats * beat]
+        begin = np.flatnonzero(np.diff(same) > 0)
+        end = np.flatnonzero(np.diff(same) < 0)
+        for first, stop in zip(begin, end):
+            if stop - first >= REPEAT * beat:
+                back[first:stop] = beats
+    edges = np.flatnonzero(np.diff(back, prepend=-1, append=-1))
+    melody = notes[is_melody(notes)]
+    tonic = np.isin((melody[:, 0] + LOWEST) % 12, (0, 9)) & common_key      # C or A
+    tonic = np.append(tonic, False)             # before the first note
+    last = np.searchsorted(melody[:, 1], (edges[1:] - 0.5) / beat) - 1
+    return list(zip(back[edges[:-1]].tolist(), np.diff(edges).tolist(), tonic[last].tolist()))
+
+
+def plan(form):
+    """What a model is told of a form: for each frame, and for the boundary after the last, a row (1 + back, frames
+    until the part is over, frames until the tune is, does the part come home?), (T + 1, 4) int64. Zeros tell nothing.
+    """
+    rows = []
+    left = sum(frames for _, frames, _ in form)
+    for back, frames, home in form:
+        rows += [(1 + back, frames - i, left - i, home) for i in range(frames)]
+        left -= frames
+    return np.array([*rows, (1, 0, 0, 0)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A split is its songs end to end as frames, one bit a unit: boundary, song, boundary, song, .., boundary
 
 SPLITS = ('train', 'valid', 'test')
@@ -305,6 +349,7 @@ class Windows(NamedTuple):
     past: torch.Tensor      # (B, W, V) uint8 the frames before each; empty ones before the split begins
     age: torch.Tensor       # (B,) int64 how many frames ...
     time: torch.Tensor      # (B,) int64 ... and steps the last of these is after the boundary at which its tune began
+    plan: torch.Tensor      # (B, T, 4) int64 what is told of the next frames, see plan
 
 
 class Dataset:
@@ -338,10 +383,25 @@ class Dataset:
         """Frames of each song, boundaries not counted: (songs,)."""
         return np.diff(self.bounds[split]) - 1
 
-    def batch(self, split, batch_size, block_size, transpose, rng, history=0):
+    @functools.cached_property
+    def forms(self):
+        """The form of each training song."""
+        forms = []
+        for song, (start, end) in zip(self.songs['train'], itertools.pairwise(self.bounds['train'])):
+            frames = self.frames('train', start + 1, end)
+            forms.append(find_form(song.notes, frames, self.representation.beat, self.common_key))
+        return forms
+
+    @functools.cached_property
+    def plans(self):
+        """The plans of all training songs, end to end as their frames are."""
+        return np.concatenate([plan([]), *map(plan, self.forms)])
+
+    def batch(self, split, batch_size, block_size, transpose, rng, history=0, told=0.0):
         """Windows of block_size + 1 frames from random places of a split, with the `history` frames before each. Each
-        is moved up or down by a random interval of at most `transpose` semitones. rng: np.random.Generator. Raises
-        UserError if the split is too short for one."""
+        is moved up or down by a random interval of at most `transpose` semitones. told: the share of windows that
+        are told the form of their song, a training song. rng: np.random.Generator. Raises UserError if the split is too
+        short for one."""
         last = len(self.packed[split]) - block_size - 1
         if last < 0:
             longest = len(self.packed[split]) - 1
@@ -352,9 +412,12 @@ class Dataset:
         frames = np.zeros(shape, dtype=np.uint8)
         age = []
         time = []
+        plans = np.zeros((batch_size, block_size, 4), dtype=np.int64)
         first = rng.integers(0, last + 1, batch_size)
         semitones = rng.integers(-transpose, transpose + 1, batch_size)
-        for row, start, interval in zip(frames, first, semitones):
+        for row, start, interval, rows in zip(frames, first, semitones, plans):
+            if rng.random() < told:
+                rows[:] = self.plans[start + 1:start + block_size + 1]
             before = min(start, history)        # frames there are before the window
             row[history - before:] = self.frames(split, start - before, start + block_size + 1)
             self.representation.transpose(row, interval)
@@ -362,7 +425,8 @@ class Dataset:
             age.append(max(start - 1 - began, 0))
             time.append(self.representation.steps(self.frames(split, began + 1, start)))
         frames = torch.from_numpy(frames)
-        return Windows(frames[:, history:], frames[:, :history], torch.tensor(age), torch.tensor(time))
+        plans = torch.from_numpy(plans)
+        return Windows(frames[:, history:], frames[:, :history], torch.tensor(age), torch.tensor(time), plans)
 
     def whole_songs(self, split, batch_size, every=1):
         """Every song of a split, or one in `every`, songs of like length together: yields (frames, lengths, beats).

@@ -44,6 +44,7 @@ class Config:
     window: int = 1024          # frames that the Transformer's attention reaches back, itself included
     lookback: int = 0           # W: the model also looks at the last W frames of the tune; 0: it does not
     beat: int = 0               # steps in a beat: the model is told where in beat, bar and section it is; 0: it is not
+    form: int = 0               # beats that the form of a tune reaches back, of which the model is told; 0: it is not
     shift: int = 0              # the first of the units that move time by 1, 2, .. steps; 0: each frame does, by one
 
 
@@ -372,6 +373,31 @@ class Clock(nn.Module):
         return self.position(hands.to(self.position.weight.dtype))
 
 
+class Form(nn.Module):
+    """What the model is told of the form of its tune, if it is told: which passage the next frame repeats, in how many
+    frames u_t that part is over, in how many v_t the tune is, and whether the part comes home, to the tonic. The hands
+    of two more clocks count down,
+
+        x_t = .. + E[b_t] + P hands(u_t) + Q hands(v_t) + home_t S
+
+    with E a vector for each number b_t of beats back."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.back = nn.Embedding(config.form + 2, config.n_embd)
+        self.part = Clock(config)
+        self.tune = Clock(config)
+        self.home = nn.Parameter(torch.zeros(config.n_embd))
+        nn.init.zeros_(self.back.weight)
+
+    def forward(self, plan):
+        """plan (B, T, 4), see data.plan -> (B, T, C), zeros where nothing is told."""
+        back, part, tune, home = plan.unbind(-1)
+        told = (back > 0).unsqueeze(-1)
+        x = self.back(back) + self.part(part) + self.tune(tune) + home.unsqueeze(-1) * self.home
+        return told * x
+
+
 class Lookback(nn.Module):
     """Tunes repeat their bars and phrases, and a vector of C numbers does not hold a phrase note by note. So the model
     keeps the last W frames of the tune as they are, after an idea of the Lookback RNN (Waite, Magenta 2016), and asks
@@ -577,7 +603,7 @@ class State(NamedTuple):
 
 
 class Model(nn.Module):
-    """frames (B, T, V) -> Linear (+ clock, + runs) -> LayerNorm -> blocks (+ recall) -> LayerNorm -> head."""
+    """frames (B, T, V) -> Linear (+ clock, form, runs) -> LayerNorm -> blocks (+ recall) -> LayerNorm -> head."""
 
     def __init__(self, config):
         super().__init__()
@@ -585,6 +611,7 @@ class Model(nn.Module):
         self.config = config
         self.emb = nn.Linear(config.n_units, C)         # in place of the token embedding: the input already is a vector
         self.clock = Clock(config) if config.beat else None
+        self.form = Form(config) if config.form else None
         self.look = Lookback(config) if config.lookback else None
         self.ln_in = nn.LayerNorm(C)
         block = ARCHITECTURES[config.arch]
@@ -617,14 +644,17 @@ class Model(nn.Module):
             passed = (shifts * steps).sum(-1).cumsum(1)
         return count_since(boundary, passed, state.time), age
 
-    def forward(self, frames, state=None):
+    def forward(self, frames, state=None, plan=None):
         """frames (B, T, V) binary, T >= 1, and the State before them (None: the first frame is a boundary, where a tune
-        starts) -> what the head needs for the frame after each, (B, T, ..), and the State after the last."""
+        starts) -> what the head needs for the frame after each, (B, T, ..), and the State after the last.
+        plan: (B, T, 4) what is told of the frame after each; None: nothing."""
         state = state or self.start(frames)
         x = self.emb(frames.to(self.emb.weight.dtype))
         time, age = self.advance(frames, state)
         if self.clock:
             x = x + self.clock(time)
+        if self.form and plan is not None:
+            x = x + self.form(plan)
         if self.look:
             seen = torch.cat((state.past, frames), dim=1)
             names = torch.cat((state.names, self.look.names(frames)), dim=1)
@@ -644,9 +674,10 @@ class Model(nn.Module):
         out = self.head(self.ln_out(x))
         return out, state
 
-    def loss(self, frames, past, age, time):
+    def loss(self, frames, past, age, time, plan=None):
         """Mean nats a frame of windows from anywhere in tunes: frames (B, T + 1, V); for the rest see start."""
-        out, _ = self(frames[:, :-1], self.start(frames, past, age, time))
+        state = self.start(frames, past, age, time)
+        out, _ = self(frames[:, :-1], state, plan)
         return self.head.nll(out, frames[:, 1:]).mean()
 
     @torch.no_grad()
@@ -661,14 +692,18 @@ class Model(nn.Module):
         return torch.cat(nats, dim=1)
 
     @torch.inference_mode()
-    def compose(self, prompt, length, temperature=1.0, top_p=1.0, generator=None, at_least=0):
+    def compose(self, prompt, length, temperature=1.0, top_p=1.0, generator=None, at_least=0, plan=None):
         """Continues prompts, all B at once: (B, P, V) frames, P >= 1 -> list of B tensors (T_i, V) uint8 with what
-        comes after. A row ends with length frames, or where the model draws the boundary, from at_least on."""
+        comes after. A row ends with length frames, or where the model draws the boundary, from at_least on.
+        plan: (B, P + length, 4) what is told of the frame after each; None: nothing."""
         self.eval()
-        B, _, V = prompt.shape
+        B, P, V = prompt.shape
+        if plan is None:
+            plan = torch.zeros(B, P + length, 4, dtype=torch.int32, device=prompt.device)
         state = None
-        for piece in prompt.split(max(1, 4096 // B), dim=1):        # looking back takes memory for each frame
-            out, state = self(piece, state)
+        at_once = max(1, 4096 // B)             # looking back takes memory for each frame
+        for piece, told in zip(prompt.split(at_once, dim=1), plan[:, :P].split(at_once, dim=1)):
+            out, state = self(piece, state, told)
         frames = torch.empty(B, length, V, dtype=torch.uint8, device=prompt.device)
         ends = torch.full((B,), length, device=prompt.device)
         for t in range(length):
@@ -678,7 +713,7 @@ class Model(nn.Module):
             if (ends < length).all():
                 break
             frames[:, t] = frame
-            out, state = self(frame.unsqueeze(1), state)
+            out, state = self(frame.unsqueeze(1), state, plan[:, P + t:P + t + 1])
         return [tune[:end] for tune, end in zip(frames, ends.tolist())]
 
 
@@ -698,7 +733,7 @@ def same_size(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-VERSION = 4         # of the layout of a checkpoint
+VERSION = 5         # of the layout of a checkpoint
 
 
 def save_checkpoint(path, model, **more):

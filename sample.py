@@ -89,7 +89,7 @@ def with_key_and_metre(song):
     return song._replace(metre=metre, pickup=pickup)
 
 
-def candidates(model, representation, opening, frames, args, generator):
+def candidates(model, representation, opening, frames, args, generator, forms):
     """Composes --best_of tunes for each that is written; and again, if too few are in the metre that is asked for."""
     wanted = args.num_samples * args.best_of
     start = time.perf_counter()
@@ -98,7 +98,7 @@ def candidates(model, representation, opening, frames, args, generator):
     readable = 0
     drawn = 0
     for _ in range(ROUNDS if args.metre else 1):
-        tunes, count = compare.compose(model, representation, frames, wanted, args, generator)
+        tunes, count = compare.compose(model, representation, frames, wanted, args, generator, forms)
         made += wanted
         readable += len(tunes)
         drawn += count
@@ -201,7 +201,7 @@ def main():
         if args.metre and opening.metre not in (None, args.metre):
             raise UserError(f'{args.prompt} is in {opening.metre}, not in {args.metre}: leave --metre out')
     torch.set_num_threads(1)        # a frame is too little work to share between cores
-    tunes = candidates(model, representation, opening, frames, args, generator)
+    tunes = candidates(model, representation, opening, frames, args, generator, meta['forms'])
     tempo = args.tempo or (opening.tempo if len(opening.notes) else meta['tempo'])
     prompt_beats = 0.0 if args.no_prompt else opening.notes[:, 2].max(initial=0)
     songs = training_songs(meta)

@@ -894,7 +894,7 @@ def test_data_windows_equal_the_whole(grid):
     for seed in range(60):
         windows = dataset.batch('train', 50, 33, 0, np.random.default_rng(seed), history)
         assert windows.frames.shape == (50, 34, grid.V) and windows.past.shape == (50, history, grid.V)
-        assert [part.dtype for part in windows] == 2 * [torch.uint8] + 2 * [torch.int64]
+        assert [part.dtype for part in windows] == 2 * [torch.uint8] + 3 * [torch.int64]
         whole = torch.cat((windows.past, windows.frames), dim=1).numpy()
         seen |= {(w.tobytes(), *place) for w, *place in zip(whole, windows.age.tolist(), windows.time.tolist())}
     assert seen <= places and len(seen) > .6 * len(places)
@@ -925,6 +925,71 @@ def test_data_transposition_moves_a_window_by_one_interval_on_the_keyboard(grid)
             assert np.array_equal(after[0], where[0])
             shifts.add(shift)
     assert shifts == (set(range(-6, 7)) if keys else {0})
+
+
+def data_phrase(seed, end, beats=12):
+    """A melody over a held chord, two notes a beat, that ends on a key."""
+    keys = np.random.default_rng(seed).integers(45, 60, 2 * beats)
+    keys[-1] = end
+    onset = np.arange(2 * beats) / 2
+    melody = np.stack((keys, onset, onset + 0.5), axis=1)
+    return np.concatenate((melody, [[27, 0, beats]]))
+
+
+def data_song(*phrases, beats=12):
+    notes = np.concatenate([phrase + [0, beats * i, beats * i] for i, phrase in enumerate(phrases)])
+    return data.Song('', notes[np.lexsort((notes[:, 0], notes[:, 1]))])
+
+
+DATA_A = data_phrase(1, 46)     # ends on G
+DATA_B = data_phrase(2, 51)     # on C
+
+
+@pytest.mark.parametrize('phrases, form', [
+    ('A', [(0, 48, False)]),
+    ('B', [(0, 48, True)]),
+    ('AABB', [(0, 48, False), (12, 48, False), (0, 48, True), (12, 48, True)]),
+    # the nearest repeat counts, and of a part that goes on the whole is one part
+    ('ABAA', [(0, 96, True), (24, 48, False), (12, 48, False)]),
+    ('ABAB', [(0, 96, True), (24, 96, True)])])
+def test_data_form(phrases, form):
+    song = data_song(*(dict(A=DATA_A, B=DATA_B)[name] for name in phrases))
+    roll = data.PianoRoll()
+    found = data.find_form(song.notes, roll.encode(song), 4, True)
+    assert found == form
+    assert data.find_form(song.notes, roll.encode(song), 4, False) == [(*part, False) for *part, _ in form]
+    # at home in a checkpoint, too
+    assert json.loads(json.dumps(found)) == [list(part) for part in form]
+    rows = data.plan(form).tolist()
+    assert len(rows) == len(roll.encode(song)) + 1 and rows[-1] == [1, 0, 0, 0]
+    for back, frames, home in form:
+        for left in range(frames, 0, -1):
+            assert rows.pop(0) == [1 + back, left, len(rows), home]
+
+
+def test_data_repeats_of_less_than_8_beats_are_no_parts():
+    roll = data.PianoRoll()
+    for beats, parts in ((7, 1), (8, 2)):
+        song = data_song(*2 * [data_phrase(1, 46, beats)], beats=beats)
+        assert len(data.find_form(song.notes, roll.encode(song), 4, True)) == parts
+
+
+def test_data_windows_are_told_the_form_of_their_song():
+    roll = data.PianoRoll()
+    songs = [data_song(DATA_A, DATA_A, DATA_B), data_song(DATA_B, DATA_A)]
+    dataset = data.Dataset({split: songs for split in data.SPLITS}, '', roll, common_key=True)
+    rows = np.concatenate([[(1, 0, 0, 0)]] + [data.plan(form) for form in dataset.forms])
+    tape = dataset.frames('train', 0, len(rows))
+    assert len(dataset.forms[0]) == 3 and len(rows) == len(dataset.packed['train'])
+    told = 0
+    for seed in range(50):
+        windows = dataset.batch('train', 4, 33, 0, np.random.default_rng(seed), told=0.5)
+        for frames, plan in zip(windows.frames.numpy(), windows.plan.numpy()):
+            places = [i for i in range(len(tape) - 33) if (tape[i:i + 34] == frames).all()]
+            assert not plan.any() or any((rows[i + 1:i + 34] == plan).all() for i in places)
+            told += plan.any()
+        assert not dataset.batch('train', 4, 33, 0, np.random.default_rng(seed)).plan.any()
+    assert 70 < told < 130
 
 
 @data_for_each()
@@ -2050,6 +2115,48 @@ def test_model_composes_what_it_says_and_ends_at_the_boundary(arch, kind):
     assert all(map(torch.equal, tunes, again))
 
 
+def model_plan(*shape):
+    """Random plans (.., 4) of forms that reach back 5 beats."""
+    make = torch.Generator().manual_seed(5)
+    return torch.stack([torch.randint(low, high, shape, generator=make)
+                        for low, high in ((1, 7), (0, 30), (0, 30), (0, 2))], dim=-1)
+
+
+def test_model_is_told_the_form_of_a_tune():
+    model = model_random(form=5)
+    frames = model_frames('chord', 3, 20, 7)
+    plan = model_plan(3, 20)
+    with torch.no_grad():
+        untold, _ = model(frames)
+        assert torch.equal(model(frames, None, 0 * plan)[0], untold)
+        told, _ = model(frames, None, plan)
+        for column, other in enumerate((0, 31, 31, 2)):
+            changed = plan.clone()
+            changed[:, 12, column] = 1 - changed[:, 12, column] if other == 2 else other
+            same = (model(frames, None, changed)[0] - told).abs().amax((0, 2)) < 1e-9
+            assert same[:12].all() and not same[12]
+        state = None
+        for t in range(20):
+            out, state = model(frames[:, t:t + 1], state, plan[:, t:t + 1])
+            assert torch.allclose(out, told[:, t:t + 1], atol=1e-9)
+    model.loss(frames, None, None, None, plan[:, 1:]).backward()
+    assert all(p.grad.any() for p in model.form.parameters())
+
+
+def test_model_composes_on_a_form():
+    model = model_random(dtype=torch.float32, form=5)
+    prompts = model_frames('chord', 20, 5, 7)
+    plan = model_plan(20, 5 + 12)
+    told = model.compose(prompts, 12, top_p=1e-6, plan=plan)
+    assert not all(map(torch.equal, told, model.compose(prompts, 12, top_p=1e-6)))
+    for prompt, tune, rows in zip(prompts, told, plan):
+        frames = torch.cat((prompt, tune)).unsqueeze(0)
+        with torch.inference_mode():
+            out, _ = model(frames, None, rows[:frames.shape[1]].unsqueeze(0))
+            likeliest = model.head.sample(out[0], top_p=1e-6)[4:]
+        assert torch.equal(likeliest[:len(tune)], tune)
+
+
 @pytest.mark.parametrize('grid', [data.PianoRoll(), data.PianoRoll(2, onsets=False), data.Events(), data.AbcText()])
 def test_model_sizes_are_within_5_percent(grid):
     config = Config(grid.V, 'rwkv', grid.heads[0], lookback=64 * grid.frames_per_beat, beat=grid.beat)
@@ -2327,7 +2434,7 @@ def test_sample_continues_a_prompt(trained, book, tmp_path, options, beats):
 def scripts_untrained(path, representation, common_key=False, sharps=None):
     """A checkpoint of a model that has learned nothing, of music that is not there."""
     meta = dict(data=str(path.parent / 'gone'), source='nothing', representation=representation.settings,
-                common_key=common_key, sharps=sharps, tempo=100.0)
+                common_key=common_key, sharps=sharps, tempo=100.0, forms=[])
     model = Model(Config(representation.V, 'lstm', representation.heads[0], n_layer=1, n_embd=8))
     save_checkpoint(path, model, meta=meta, step=1, valid=1.0)
     return path
@@ -2864,8 +2971,9 @@ def test_train_all_validation_songs_decide_between_the_last_model_and_the_best_b
 
 
 @pytest.mark.parametrize('words, device, wanted', [
-    ('', 'cpu', Config(177, lookback=256, beat=4)),
-    ('', 'cuda', Config(177, n_layer=6, n_embd=384, lookback=256, beat=4)),
+    ('', 'cpu', Config(177, lookback=256, beat=4, form=64)),
+    ('--form=no', 'cpu', Config(177, lookback=256, beat=4)),
+    ('', 'cuda', Config(177, n_layer=6, n_embd=384, lookback=256, beat=4, form=64)),
     ('--representation=events --lookback=2 --dropout=0.25 --n_layer=2 --n_embd=16', 'cpu',
      Config(273, head='softmax', n_layer=2, n_embd=16, dropout=0.25, lookback=14, beat=12, shift=176)),
     ('--arch=transformer --head=bernoulli --window=99 --n_embd=16 --clock=no --lookback=0 --onsets=no', 'cpu',
@@ -2876,9 +2984,10 @@ def test_train_options_make_the_model(words, device, wanted):
     assert train.make_config(args, train.make_representation(args), torch.device(device)) == wanted
 
 
-@pytest.mark.parametrize('arch, name, dtype, history', [
-    ('rnn', 'abc', 'float32', 256), ('transformer', 'events', 'bfloat16', 448)])
-def test_train_makes_the_step_that_the_options_ask_for(book, tmp_path, monkeypatch, arch, name, dtype, history):
+@pytest.mark.parametrize('arch, name, dtype, history, told', [
+    ('rnn', 'abc', 'float32', 256, 0), ('transformer', 'events', 'bfloat16', 448, 0),
+    ('lstm', 'piano_roll', 'float32', 256, 0.5)])
+def test_train_makes_the_step_that_the_options_ask_for(book, tmp_path, monkeypatch, arch, name, dtype, history, told):
     asked = []
     draw = data.Dataset.batch
     loss = Model.loss
@@ -2886,10 +2995,11 @@ def test_train_makes_the_step_that_the_options_ask_for(book, tmp_path, monkeypat
     monkeypatch.setattr(Model, 'loss', lambda *words: asked.append(torch.is_autocast_enabled('cpu')) or loss(*words))
     scripts_train(book, tmp_path, f'--arch={arch}', f'--representation={name}', f'--dtype={dtype}', '--common_key=yes',
                   '--max_iters=1', '--learning_rate=0.1', '--warmup_iters=9', '--grad_clip=0.01')
-    *_, (_, *sizes, _, before), autocast = asked
-    assert (sizes, before, autocast) == ([4, 32, 6], history, dtype == 'bfloat16')
+    *_, (_, *sizes, _, before, share), autocast = asked
+    assert (sizes, before, share, autocast) == ([4, 32, 6], history, told, dtype == 'bfloat16')
     _, saved = load_checkpoint(tmp_path / f'{arch}.last.pt')
     assert saved['meta']['representation']['name'] == name and saved['meta']['common_key']
+    assert bool(saved['meta']['forms']) == bool(told)
     # AdamW's first step moves what began at 0 by the learning rate, of which a tenth is warm
     assert saved['model']['ln_out.bias'].abs().max().item() == pytest.approx(0.01, rel=0.01)
     # both optimisers remember a share of the gradient
@@ -3296,7 +3406,7 @@ def compare_model(folder, arch, representation):
         for i in range(3):
             notation.write_midi(compare_line(rng.integers(39, 51, 16)), folder / 'music' / split / f'{i}.mid')
     meta = dict(data=str(folder / 'music'), source='music', representation=representation.settings, common_key=False,
-                tempo=120.0)
+                tempo=120.0, forms=[])
     torch.manual_seed(0)
     config = Config(representation.V, arch, representation.heads[-1], n_layer=1, n_embd=8, lookback=4,
                     beat=representation.beat, shift=representation.shift)
@@ -3335,7 +3445,7 @@ def test_compare_best_are_as_a_whole_like_the_songs():
 @pytest.mark.parametrize('asked, representation, taken', [
     (None, data.PianoRoll(2), 1), (None, data.AbcText(), 0.98), (0.5, data.AbcText(), 0.5)])
 def test_compare_composing_has_the_nucleus_of_the_representation(monkeypatch, asked, representation, taken):
-    def record(self, prompt, length, temperature, top_p, generator, at_least):
+    def record(self, prompt, length, temperature, top_p, generator, at_least, plan):
         assert (prompt.shape, length, at_least) == ((3, 1, representation.V), 2 * steps, steps)
         assert prompt[:, 0, -1].all() and prompt.sum() == 3
         return [torch.zeros(int(top_p == taken), representation.V)]
@@ -3345,6 +3455,24 @@ def test_compare_composing_has_the_nucleus_of_the_representation(monkeypatch, as
     net = Model(Config(representation.V, head=representation.heads[0], n_layer=1, n_embd=8))
     args = SimpleNamespace(length=2, min_length=1, temperature=1, top_p=asked)
     assert compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, None) == ([], 1)
+
+
+def test_compare_draws_forms_of_fitting_length():
+    forms = [[(0, 20, False)], [(0, 20, True), (3, 30, True)], [(0, 9, True), (2, 51, False)], [(0, 77, True)]]
+    make = torch.Generator().manual_seed(0)
+    plans = compare.draw_plans(forms, 60, 6, 70, 16, make).numpy()
+    assert plans.shape == (60, 77, 4) and not plans[:, :6].any()
+    found = set()
+    for plan in plans:
+        number, = [i for i, form in enumerate(forms) if (plan[6] == data.plan(form)[6]).all()]
+        whole = data.plan(forms[number])
+        assert (plan[6:len(whole)] == whole[6:]).all() and (plan[len(whole):] == (1, 0, 0, 0)).all()
+        found.add(number)
+    assert found == {1, 2}
+    for fitting, length, at_least in ((1, 77, 77), (0, 76, 61), (0, 19, 1)):
+        plans = compare.draw_plans(forms, 2, 0, length, at_least, make)
+        assert plans is None if not fitting else np.array_equal(plans[1], data.plan(forms[3]))
+    assert compare.draw_plans([], 1, 0, 9, 2, None) is None
 
 
 def test_compare_composed_tunes_are_told_their_cost_and_end(monkeypatch):

@@ -45,6 +45,8 @@ from notation import write_whole
 # validations in a run; each reads as many frames as EVAL_STEPS steps do, and costs about half as much as these
 VALIDATIONS = 20
 EVAL_STEPS = 6
+# share of the windows that are told the form of their tune; the others learn to do without
+TOLD = 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,6 +74,7 @@ def parse_args(words=None):
         ('dropout', models.Config.dropout, number(float, 0, 0.99), 'share of channels dropped of what a block adds'),
         ('window', models.Config.window, number(int, 1), 'frames that the attention of a transformer reaches back'),
         ('clock', True, FLAG, 'the model is told where in beat, bar and section a frame stands'),
+        ('form', True, FLAG, 'the model can be told which parts of a tune repeat, and when it ends'),
         ('lookback', 64.0, number(float, 0, 1000), 'beats of the tune that the model can look at again; 0 for none'))
     add_options(
         parser, 'training',
@@ -140,6 +143,8 @@ def make_config(args, representation, device):
     if head not in representation.heads:
         raise UserError(f'--head={head} does not fit --representation={args.representation}: '
                         f'use --head={" or ".join(representation.heads)}, or leave it out')
+    beat = representation.beat if args.clock else 0
+    told_form = args.form and beat and not representation.shift     # where frames are steps of time, on the clock
     config = models.Config(
         n_units=representation.V,
         arch=args.arch,
@@ -149,7 +154,8 @@ def make_config(args, representation, device):
         dropout=args.dropout,
         window=args.window,
         lookback=round(args.lookback * representation.frames_per_beat),
-        beat=representation.beat if args.clock else 0,
+        beat=beat,
+        form=data.FURTHEST if told_form else 0,
         shift=representation.shift)
     if args.arch == 'transformer' and config.n_embd % 2:
         raise UserError(f'--n_embd={config.n_embd} is odd, and rotary positions turn pairs: use an even number')
@@ -423,6 +429,7 @@ def set_up(args):
     files = [args.out_dir / f'{args.arch}{suffix}' for suffix in ('.pt', '.last.pt', '.csv', '.pid')]
     meta = dict(data=args.data, source=dataset.source, representation=dataset.representation.settings,
                 common_key=dataset.common_key, sharps=dataset.sharps,
+                forms=dataset.forms if model.config.form else [],
                 tempo=float(np.median([song.tempo for song in dataset.songs['train']])))
     return Setup(args, device, dataset, model, copy.deepcopy(model), make_optimizers(model, args), meta, *files)
 
@@ -561,7 +568,7 @@ def make_steps(setup, run, signals):
         rng = np.random.default_rng((args.seed, run.step))
         torch.manual_seed(int(rng.integers(2 ** 62)) + rank)
         windows = dataset.batch('train', args.batch_size, args.block_size, transpose_at(done, args), rng,
-                                model.config.lookback)
+                                model.config.lookback, TOLD if model.config.form else 0.0)
         pieces = [part[rank::world].to(device).chunk(args.gradient_accumulation_steps) for part in windows]
         loss = 0.0
         for piece in zip(*pieces):
