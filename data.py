@@ -398,8 +398,8 @@ class Dataset:
         return np.concatenate([plan([]), *map(plan, self.forms)])
 
     def batch(self, split, batch_size, block_size, transpose, rng, history=0, told=0.0):
-        """Windows of block_size + 1 frames from random places of a split, with the `history` frames before each. Each
-        is moved up or down by a random interval of at most `transpose` semitones. told: the share of windows that
+        """Windows of block_size + 1 frames from random places of a split, with the `history` frames before each. Half
+        of them are moved up or down by a random interval of at most `transpose` semitones. told: the share of them that
         are told the form of their song, a training song. rng: np.random.Generator. Raises UserError if the split is too
         short for one."""
         last = len(self.packed[split]) - block_size - 1
@@ -414,7 +414,7 @@ class Dataset:
         time = []
         plans = np.zeros((batch_size, block_size, 4), dtype=np.int64)
         first = rng.integers(0, last + 1, batch_size)
-        semitones = rng.integers(-transpose, transpose + 1, batch_size)
+        semitones = rng.integers(-transpose, transpose + 1, batch_size) * rng.integers(0, 2, batch_size)
         for row, start, interval, rows in zip(frames, first, semitones, plans):
             if rng.random() < told:
                 rows[:] = self.plans[start + 1:start + block_size + 1]

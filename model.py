@@ -40,7 +40,7 @@ class Config:
     head: str = 'chord'         # a name in HEADS
     n_layer: int = 3
     n_embd: int = 192           # C
-    dropout: float = 0.5        # of what a block adds
+    dropout: float = 0.3        # of what a block adds
     window: int = 1024          # frames that the Transformer's attention reaches back, itself included
     lookback: int = 0           # W: the model also looks at the last W frames of the tune; 0: it does not
     beat: int = 0               # steps in a beat: the model is told where in beat, bar and section it is; 0: it is not
