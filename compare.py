@@ -27,6 +27,7 @@ from notation import UserError
 GRID = 4                # steps a beat on which tunes are compared step by step
 TRAINING = 200          # training songs that stand beside, and that tunes are ranked by
 HEARD = 1000            # beats of a tune that are measured
+VARIETY = 0.1           # share of the forms of training songs that have to fit a tune that is asked for
 NEAR = 0.3              # how much it weighs that a tune is near to a song, beside variety
 COMPOSING = (           # the options of sample.py, too
     ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
@@ -61,9 +62,7 @@ def features(notes, ended):
     leaps = np.abs(np.diff(melody[:, 0]))
     onsets = np.unique(notes[:, 1])
     roll = data.PianoRoll(GRID)
-    # a step's number is the sum of random ones, one for each unit that is on
-    numbers = np.random.default_rng(0).integers(1 << 50, size=roll.V)
-    steps = roll.encode(Song('', notes)) @ numbers
+    steps = data.names(roll.encode(Song('', notes)))
     below = roll.encode(Song('', chords)).any(1)
     beats = notes[:, 2].max()
     bar, pickup = notation.estimate_metre(notes)
@@ -159,7 +158,7 @@ def circles(steps):
 class Tune(NamedTuple):
     """A composed tune, and what is known of it."""
     song: Song              # with the opening
-    nats: float             # nats a frame of the part that was composed
+    nats: float             # nats a frame of the part that was composed, to a model that is told of no form
     ended: bool             # by the model itself
 
 
@@ -175,7 +174,9 @@ def compose(model, representation, opening, count, args, generator, forms=()):
     prompt = np.concatenate((representation.boundary(), opening))
     prompt = torch.from_numpy(prompt).to(device)
     prompts = prompt.expand(count, -1, -1)
-    plans = draw_plans(forms, count, len(opening), length, at_least, generator)
+    plans = None
+    if not len(opening):                            # a person's own beginning has a form of its own
+        plans = draw_plans(forms, count, length, at_least, generator)
     composed = model.compose(prompts, length, args.temperature, top_p, generator, at_least, plans)
     tunes = []
     for frames in composed:
@@ -191,20 +192,19 @@ def compose(model, representation, opening, count, args, generator, forms=()):
     return tunes, sum(map(len, composed))
 
 
-def draw_plans(forms, count, begin, length, at_least, generator):
-    """What the model is told of count tunes that go on from `begin` frames: for each the plan of a training song's
-    form, drawn from those of fitting length, (count, begin + 1 + length, 4). None if there are none."""
+def draw_plans(forms, count, length, at_least, generator):
+    """What the model is told of count tunes: for each the plan of a training song's form, drawn from those of at_least
+    to length frames, (count, 1 + length, 4). None where so few songs are of that length that all would be alike."""
     lengths = [sum(frames for _, frames, _ in form) for form in forms]
-    fitting = [form for form, frames in zip(forms, lengths) if at_least <= frames - begin <= length]
-    if not fitting:
+    fitting = [form for form, frames in zip(forms, lengths) if at_least <= frames <= length]
+    if len(fitting) < max(1, VARIETY * len(forms)):
         return None
-    plans = torch.zeros(count, begin + 1 + length, 4, dtype=torch.int32, device=generator.device)
-    plans[..., 0] = 1                               # what is said after the end
+    plans = torch.zeros(count, 1 + length, 4, dtype=torch.int32, device=generator.device)
+    plans[..., 0] = 1                               # after the end the boundary is asked for again
     picks = torch.randint(len(fitting), (count,), generator=generator, device=generator.device)
     for rows, pick in zip(plans, picks.tolist()):
-        told = torch.from_numpy(data.plan(fitting[pick]))
+        told = torch.from_numpy(data.make_plan(fitting[pick]))
         rows[:len(told)] = told
-    plans[:, :begin] = 0                            # nothing of a person's own beginning
     return plans
 
 

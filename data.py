@@ -1,4 +1,4 @@
-"""Songs to frames and back in three representations, splits and batches, and where the music comes from.
+"""Songs to frames and back in three representations, forms, splits and batches, and where the music comes from.
 
 A *frame* (V,) says which of V units are on; the last unit is the boundary, alone in its frame, where one song ends and
 the next one starts. What the other units are, the representation says:
@@ -299,19 +299,24 @@ def representation(settings):
 # The form of a tune: which of its parts are new, and which repeat an earlier one, as in AABB
 
 FURTHEST = 64           # beats that a repeat may lie back
-REPEAT = 8              # beats that it has at least
+REPEAT = 8              # beats that it has at least, before a nearer one takes some of them
+
+
+def names(frames):
+    """A number for each of frames (T, V) -> (T,) int64, the same for equal frames: a sum of random ones, one for each
+    unit that is on."""
+    return frames @ np.random.default_rng(0).integers(1 << 50, size=frames.shape[1])
 
 
 def find_form(notes, frames, beat, common_key):
     """The parts of a song, notes (N, 3) and frames (T, V), `beat` of them to a beat: [(back, frames, home), ..]. A part
-    repeats, frame by frame, what stood `back` beats before it, or is new where back is 0; it comes home if its last
-    melody note is the tonic, which is known in the common key only."""
-    numbers = np.random.default_rng(0).integers(1 << 50, size=frames.shape[1])
-    names = frames @ numbers                    # equal for equal frames
+    repeats, frame by frame, what stood `back` beats before it, or is new where back is 0; it comes home if the last
+    melody note before its end is C or A, the tonic of tunes in the common key (of others it is not known)."""
+    named = names(frames)
     back = np.zeros(len(frames), dtype=int)
     for beats in range(FURTHEST, 0, -1):        # the nearest repeat counts
         same = np.zeros(len(frames) + 2, dtype=int)
-        same[1 + beats * beat:-1] = names[beats * beat:] == names[:-beats * beat]
+        same[1 + beats * beat:-1] = named[beats * beat:] == named[:-beats * beat]
         begin = np.flatnonzero(np.diff(same) > 0)
         end = np.flatnonzero(np.diff(same) < 0)
         for first, stop in zip(begin, end):
@@ -319,22 +324,21 @@ def find_form(notes, frames, beat, common_key):
                 back[first:stop] = beats
     edges = np.flatnonzero(np.diff(back, prepend=-1, append=-1))
     melody = notes[is_melody(notes)]
-    tonic = np.isin((melody[:, 0] + LOWEST) % 12, (0, 9)) & common_key      # C or A
+    tonic = np.isin((melody[:, 0] + LOWEST) % 12, (0, 9)) & common_key
     tonic = np.append(tonic, False)             # before the first note
     last = np.searchsorted(melody[:, 1], (edges[1:] - 0.5) / beat) - 1
     return list(zip(back[edges[:-1]].tolist(), np.diff(edges).tolist(), tonic[last].tolist()))
 
 
-def plan(form):
-    """What a model is told of a form: for each frame, and for the boundary after the last, a row (1 + back, frames
-    until the part is over, frames until the tune is, does the part come home?), (T + 1, 4) int64. Zeros tell nothing.
-    """
+def make_plan(form):
+    """What a model is told of a form, (T + 1, 4) int32: for each frame a row (1 + back, frames left of the part and of
+    the tune, this one counted, does the part come home?), and one for the boundary after it. Zeros tell nothing."""
     rows = []
     left = sum(frames for _, frames, _ in form)
     for back, frames, home in form:
         rows += [(1 + back, frames - i, left - i, home) for i in range(frames)]
         left -= frames
-    return np.array([*rows, (1, 0, 0, 0)])
+    return np.array([*rows, (1, 0, 0, 0)], dtype=np.int32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +353,7 @@ class Windows(NamedTuple):
     past: torch.Tensor      # (B, W, V) uint8 the frames before each; empty ones before the split begins
     age: torch.Tensor       # (B,) int64 how many frames ...
     time: torch.Tensor      # (B,) int64 ... and steps the last of these is after the boundary at which its tune began
-    plan: torch.Tensor      # (B, T, 4) int64 what is told of the next frames, see plan
+    plan: torch.Tensor      # (B, T, 4) int32 what is told of frames[:, 1:], see make_plan
 
 
 class Dataset:
@@ -395,13 +399,13 @@ class Dataset:
     @functools.cached_property
     def plans(self):
         """The plans of all training songs, end to end as their frames are."""
-        return np.concatenate([plan([]), *map(plan, self.forms)])
+        return np.concatenate([make_plan([]), *map(make_plan, self.forms)])
 
     def batch(self, split, batch_size, block_size, transpose, rng, history=0, told=0.0):
-        """Windows of block_size + 1 frames from random places of a split, with the `history` frames before each. Half
-        of them are moved up or down by a random interval of at most `transpose` semitones. told: the share of them that
-        are told the form of their song, a training song. rng: np.random.Generator. Raises UserError if the split is too
-        short for one."""
+        """Windows of block_size + 1 frames from random places of a split, with the `history` frames before each. Every
+        other one, by chance, is moved up or down by a random interval of at most `transpose` semitones. told: the share
+        of windows, of split train, that are told the form of their song. rng: np.random.Generator. Raises UserError if
+        the split is too short for one."""
         last = len(self.packed[split]) - block_size - 1
         if last < 0:
             longest = len(self.packed[split]) - 1
@@ -412,7 +416,7 @@ class Dataset:
         frames = np.zeros(shape, dtype=np.uint8)
         age = []
         time = []
-        plans = np.zeros((batch_size, block_size, 4), dtype=np.int64)
+        plans = np.zeros((batch_size, block_size, 4), dtype=np.int32)
         first = rng.integers(0, last + 1, batch_size)
         semitones = rng.integers(-transpose, transpose + 1, batch_size) * rng.integers(0, 2, batch_size)
         for row, start, interval, rows in zip(frames, first, semitones, plans):

@@ -44,7 +44,7 @@ class Config:
     window: int = 1024          # frames that the Transformer's attention reaches back, itself included
     lookback: int = 0           # W: the model also looks at the last W frames of the tune; 0: it does not
     beat: int = 0               # steps in a beat: the model is told where in beat, bar and section it is; 0: it is not
-    form: int = 0               # beats that the form of a tune reaches back, of which the model is told; 0: it is not
+    form: int = 0               # beats that a form reaches back at most; 0: the model is told of no form
     shift: int = 0              # the first of the units that move time by 1, 2, .. steps; 0: each frame does, by one
 
 
@@ -339,7 +339,7 @@ ARCHITECTURES = dict(rnn=RNNBlock, lstm=LSTMBlock, rwkv=RWKVBlock, transformer=T
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the blocks are told beside the frame: where in the tune it stands, and which passages it repeats
+# What the blocks are told beside the frame: where in the tune it stands, its form, and which passages it repeats
 
 def count_since(reset, passed, before):
     """A count that goes on with time and that a reset sets to 0: reset (B, T, ..) bool, passed (.., T, ..) the time
@@ -378,9 +378,9 @@ class Form(nn.Module):
     frames u_t that part is over, in how many v_t the tune is, and whether the part comes home, to the tonic. The hands
     of two more clocks count down,
 
-        x_t = .. + E[b_t] + P hands(u_t) + Q hands(v_t) + home_t S
+        x_t = .. + E[1 + b_t] + P hands(u_t) + Q hands(v_t) + home_t S
 
-    with E a vector for each number b_t of beats back."""
+    with E a vector for each number b_t of beats back, 0 for what is new. E[0], "nothing is told", is never read."""
 
     def __init__(self, config):
         super().__init__()
@@ -391,7 +391,7 @@ class Form(nn.Module):
         nn.init.zeros_(self.back.weight)
 
     def forward(self, plan):
-        """plan (B, T, 4), see data.plan -> (B, T, C), zeros where nothing is told."""
+        """plan (B, T, 4), see data.make_plan -> (B, T, C), zeros where nothing is told."""
         back, part, tune, home = plan.unbind(-1)
         told = (back > 0).unsqueeze(-1)
         x = self.back(back) + self.part(part) + self.tune(tune) + home.unsqueeze(-1) * self.home
@@ -698,12 +698,15 @@ class Model(nn.Module):
         plan: (B, P + length, 4) what is told of the frame after each; None: nothing."""
         self.eval()
         B, P, V = prompt.shape
-        if plan is None:
-            plan = torch.zeros(B, P + length, 4, dtype=torch.int32, device=prompt.device)
+
+        def told(begin, end):
+            return None if plan is None else plan[:, begin:end]
+
         state = None
         at_once = max(1, 4096 // B)             # looking back takes memory for each frame
-        for piece, told in zip(prompt.split(at_once, dim=1), plan[:, :P].split(at_once, dim=1)):
-            out, state = self(piece, state, told)
+        for begin in range(0, P, at_once):
+            end = min(begin + at_once, P)
+            out, state = self(prompt[:, begin:end], state, told(begin, end))
         frames = torch.empty(B, length, V, dtype=torch.uint8, device=prompt.device)
         ends = torch.full((B,), length, device=prompt.device)
         for t in range(length):
@@ -713,7 +716,7 @@ class Model(nn.Module):
             if (ends < length).all():
                 break
             frames[:, t] = frame
-            out, state = self(frame.unsqueeze(1), state, plan[:, P + t:P + t + 1])
+            out, state = self(frame.unsqueeze(1), state, told(P + t, P + t + 1))
         return [tune[:end] for tune, end in zip(frames, ends.tolist())]
 
 

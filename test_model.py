@@ -894,7 +894,7 @@ def test_data_windows_equal_the_whole(grid):
     for seed in range(60):
         windows = dataset.batch('train', 50, 33, 0, np.random.default_rng(seed), history)
         assert windows.frames.shape == (50, 34, grid.V) and windows.past.shape == (50, history, grid.V)
-        assert [part.dtype for part in windows] == 2 * [torch.uint8] + 3 * [torch.int64]
+        assert [part.dtype for part in windows] == 2 * [torch.uint8] + 2 * [torch.int64] + [torch.int32]
         whole = torch.cat((windows.past, windows.frames), dim=1).numpy()
         seen |= {(w.tobytes(), *place) for w, *place in zip(whole, windows.age.tolist(), windows.time.tolist())}
     assert seen <= places and len(seen) > .6 * len(places)
@@ -933,7 +933,9 @@ def data_phrase(seed, end, beats=12):
     keys[-1] = end
     onset = np.arange(2 * beats) / 2
     melody = np.stack((keys, onset, onset + 0.5), axis=1)
-    return np.concatenate((melody, [[27, 0, beats]]))
+    # the chord is struck anew under the last note, which is no melody
+    chord = [[27, 0, beats - 0.5], [27, beats - 0.5, beats]]
+    return np.concatenate((melody, chord))
 
 
 def data_song(*phrases, beats=12):
@@ -941,26 +943,32 @@ def data_song(*phrases, beats=12):
     return data.Song('', notes[np.lexsort((notes[:, 0], notes[:, 1]))])
 
 
-DATA_A = data_phrase(1, 46)     # ends on G
-DATA_B = data_phrase(2, 51)     # on C
+DATA_PHRASES = dict(A=data_phrase(1, 46), B=data_phrase(2, 51), C=data_phrase(3, 48))      # end on G, C, A
 
 
 @pytest.mark.parametrize('phrases, form', [
     ('A', [(0, 48, False)]),
     ('B', [(0, 48, True)]),
+    ('CC', [(0, 48, True), (12, 48, True)]),
     ('AABB', [(0, 48, False), (12, 48, False), (0, 48, True), (12, 48, True)]),
-    # the nearest repeat counts, and of a part that goes on the whole is one part
+    # the nearest repeat counts, and a part that goes on is one part
     ('ABAA', [(0, 96, True), (24, 48, False), (12, 48, False)]),
-    ('ABAB', [(0, 96, True), (24, 96, True)])])
+    ('ABAB', [(0, 96, True), (24, 96, True)]),
+    # 60 beats are not too far, 72 are
+    ('ABCBCA', [(0, 144, True), (24, 96, True), (60, 48, False)]),
+    ('ABCBCBA', [(0, 144, True), (24, 144, True), (0, 48, False)])])
 def test_data_form(phrases, form):
-    song = data_song(*(dict(A=DATA_A, B=DATA_B)[name] for name in phrases))
+    song = data_song(*(DATA_PHRASES[name] for name in phrases))
     roll = data.PianoRoll()
-    found = data.find_form(song.notes, roll.encode(song), 4, True)
-    assert found == form
+    # what a player is late by does not matter
+    late = song.notes + [0, 0.1, 0.1]
+    for notes in (song.notes, late):
+        found = data.find_form(notes, roll.encode(song), 4, True)
+        assert found == form
     assert data.find_form(song.notes, roll.encode(song), 4, False) == [(*part, False) for *part, _ in form]
-    # at home in a checkpoint, too
+    # numbers that a checkpoint holds
     assert json.loads(json.dumps(found)) == [list(part) for part in form]
-    rows = data.plan(form).tolist()
+    rows = data.make_plan(form).tolist()
     assert len(rows) == len(roll.encode(song)) + 1 and rows[-1] == [1, 0, 0, 0]
     for back, frames, home in form:
         for left in range(frames, 0, -1):
@@ -976,9 +984,9 @@ def test_data_repeats_of_less_than_8_beats_are_no_parts():
 
 def test_data_windows_are_told_the_form_of_their_song():
     roll = data.PianoRoll()
-    songs = [data_song(DATA_A, DATA_A, DATA_B), data_song(DATA_B, DATA_A)]
+    songs = [data_song(*(DATA_PHRASES[name] for name in phrases)) for phrases in ('AAB', 'BA')]
     dataset = data.Dataset({split: songs for split in data.SPLITS}, '', roll, common_key=True)
-    rows = np.concatenate([[(1, 0, 0, 0)]] + [data.plan(form) for form in dataset.forms])
+    rows = np.concatenate([[(1, 0, 0, 0)]] + [data.make_plan(form) for form in dataset.forms])
     tape = dataset.frames('train', 0, len(rows))
     assert len(dataset.forms[0]) == 3 and len(rows) == len(dataset.packed['train'])
     told = 0
@@ -990,6 +998,19 @@ def test_data_windows_are_told_the_form_of_their_song():
             told += plan.any()
         assert not dataset.batch('train', 4, 33, 0, np.random.default_rng(seed)).plan.any()
     assert 70 < told < 130
+
+
+def test_data_half_of_the_windows_are_moved():
+    dataset = data.Dataset({split: [data_song(data_phrase(1, 46))] for split in data.SPLITS}, '', data.PianoRoll())
+    shifts = []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        frames = dataset.batch('train', 8, len(dataset.packed['train']) - 1, 6, rng).frames.numpy()
+        # the chord is the lowest key
+        shifts += (frames[:, 1, :88].argmax(1) - 27).tolist()
+    assert set(shifts) == set(range(-6, 7))
+    # of those, too, one in 13 by none
+    assert shifts.count(0) / len(shifts) == pytest.approx(7 / 13, abs=0.06)
 
 
 @data_for_each()
@@ -2149,6 +2170,9 @@ def test_model_composes_on_a_form():
     plan = model_plan(20, 5 + 12)
     told = model.compose(prompts, 12, top_p=1e-6, plan=plan)
     assert not all(map(torch.equal, told, model.compose(prompts, 12, top_p=1e-6)))
+    # many rows are read a few frames at a time
+    many = model.compose(prompts.repeat(60, 1, 1), 12, top_p=1e-6, plan=plan.repeat(60, 1, 1))
+    assert all(map(torch.equal, many, 60 * told))
     for prompt, tune, rows in zip(prompts, told, plan):
         frames = torch.cat((prompt, tune)).unsqueeze(0)
         with torch.inference_mode():
@@ -2431,10 +2455,10 @@ def test_sample_continues_a_prompt(trained, book, tmp_path, options, beats):
     assert bars == pytest.approx(round(bars))
 
 
-def scripts_untrained(path, representation, common_key=False, sharps=None):
+def scripts_untrained(path, representation, common_key=False, sharps=None, forms=()):
     """A checkpoint of a model that has learned nothing, of music that is not there."""
     meta = dict(data=str(path.parent / 'gone'), source='nothing', representation=representation.settings,
-                common_key=common_key, sharps=sharps, tempo=100.0, forms=[])
+                common_key=common_key, sharps=sharps, tempo=100.0, forms=forms)
     model = Model(Config(representation.V, 'lstm', representation.heads[0], n_layer=1, n_embd=8))
     save_checkpoint(path, model, meta=meta, step=1, valid=1.0)
     return path
@@ -3398,7 +3422,7 @@ def test_compare_longest_copy():
     assert compare_features(old, [old[:100], old[100:]])['copied'] == 99
 
 
-def compare_model(folder, arch, representation):
+def compare_model(folder, arch, representation, forms=()):
     """A small untrained model, as train.py would leave it, and music for it."""
     rng = np.random.default_rng(0)
     for split in ('train', 'valid', 'test'):
@@ -3406,7 +3430,7 @@ def compare_model(folder, arch, representation):
         for i in range(3):
             notation.write_midi(compare_line(rng.integers(39, 51, 16)), folder / 'music' / split / f'{i}.mid')
     meta = dict(data=str(folder / 'music'), source='music', representation=representation.settings, common_key=False,
-                tempo=120.0, forms=[])
+                tempo=120.0, forms=forms)
     torch.manual_seed(0)
     config = Config(representation.V, arch, representation.heads[-1], n_layer=1, n_embd=8, lookback=4,
                     beat=representation.beat, shift=representation.shift)
@@ -3446,33 +3470,41 @@ def test_compare_best_are_as_a_whole_like_the_songs():
     (None, data.PianoRoll(2), 1), (None, data.AbcText(), 0.98), (0.5, data.AbcText(), 0.5)])
 def test_compare_composing_has_the_nucleus_of_the_representation(monkeypatch, asked, representation, taken):
     def record(self, prompt, length, temperature, top_p, generator, at_least, plan):
+        plans.append(plan)
         assert (prompt.shape, length, at_least) == ((3, 1, representation.V), 2 * steps, steps)
         assert prompt[:, 0, -1].all() and prompt.sum() == 3
         return [torch.zeros(int(top_p == taken), representation.V)]
 
     monkeypatch.setattr(Model, 'compose', record)
+    plans = []
     steps = representation.frames_per_beat
     net = Model(Config(representation.V, head=representation.heads[0], n_layer=1, n_embd=8))
     args = SimpleNamespace(length=2, min_length=1, temperature=1, top_p=asked)
     assert compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, None) == ([], 1)
+    make = torch.Generator()
+    compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, make, [[(0, steps, True)]])
+    untold, told = plans
+    assert untold is None and (told.numpy()[:, :steps + 1] == data.make_plan([(0, steps, True)])).all()
 
 
 def test_compare_draws_forms_of_fitting_length():
     forms = [[(0, 20, False)], [(0, 20, True), (3, 30, True)], [(0, 9, True), (2, 51, False)], [(0, 77, True)]]
     make = torch.Generator().manual_seed(0)
-    plans = compare.draw_plans(forms, 60, 6, 70, 16, make).numpy()
-    assert plans.shape == (60, 77, 4) and not plans[:, :6].any()
+    plans = compare.draw_plans(forms, 60, 70, 21, make).numpy()
+    assert plans.shape == (60, 71, 4)
     found = set()
     for plan in plans:
-        number, = [i for i, form in enumerate(forms) if (plan[6] == data.plan(form)[6]).all()]
-        whole = data.plan(forms[number])
-        assert (plan[6:len(whole)] == whole[6:]).all() and (plan[len(whole):] == (1, 0, 0, 0)).all()
+        number, = [i for i, form in enumerate(forms) if (plan[0] == data.make_plan(form)[0]).all()]
+        whole = data.make_plan(forms[number])
+        assert (plan[:len(whole)] == whole).all() and (plan[len(whole):] == (1, 0, 0, 0)).all()
         found.add(number)
     assert found == {1, 2}
-    for fitting, length, at_least in ((1, 77, 77), (0, 76, 61), (0, 19, 1)):
-        plans = compare.draw_plans(forms, 2, 0, length, at_least, make)
-        assert plans is None if not fitting else np.array_equal(plans[1], data.plan(forms[3]))
-    assert compare.draw_plans([], 1, 0, 9, 2, None) is None
+    for fits, length, at_least in ((True, 77, 77), (False, 76, 61), (False, 19, 1)):
+        plans = compare.draw_plans(forms, 2, length, at_least, make)
+        assert np.array_equal(plans[1], data.make_plan(forms[3])) if fits else plans is None
+    # one song in twenty is not enough
+    assert compare.draw_plans(forms[:1] + 19 * forms[3:], 2, 30, 1, make) is None
+    assert compare.draw_plans([], 1, 9, 2, make) is None
 
 
 def test_compare_composed_tunes_are_told_their_cost_and_end(monkeypatch):
@@ -3491,6 +3523,28 @@ def test_compare_composed_tunes_are_told_their_cost_and_end(monkeypatch):
 
 def compare_run(*words, **more):
     return scripts_run('compare', '--num_samples=5', '--length=24', *words, **more)
+
+
+def test_scripts_compose_on_the_forms_that_a_checkpoint_has(tmp_path, monkeypatch):
+    def compose(self, prompt, length, temperature, top_p, generator, at_least, plan):
+        plans.append(plan)
+        return [torch.from_numpy(frames)] * len(prompt)
+
+    roll = data.PianoRoll(2)
+    frames = roll.encode(scripts_dance())
+    forms = [[(0, len(frames), True)]]
+    plans = []
+    monkeypatch.setattr(Model, 'compose', compose)
+    path = scripts_untrained(tmp_path / 'm.pt', roll, forms=forms)
+    scripts_run('sample', f'--ckpt={path}', '--num_samples=2', '--best_of=1')
+    compare_model(tmp_path, 'lstm', roll, forms)
+    compare_run(tmp_path / 'lstm.pt', f'--out={tmp_path / "x"}')
+    for plan, tunes in zip(plans, (2, 5), strict=True):
+        assert len(plan) == tunes and (plan.numpy()[:, :len(frames) + 1] == data.make_plan(forms[0])).all()
+    # a person's own beginning is not told how to go on
+    notation.write_midi(scripts_dance().notes, tmp_path / 'mine.mid')
+    scripts_run('sample', f'--ckpt={path}', f'--prompt={tmp_path / "mine.mid"}')
+    assert plans[2] is None
 
 
 def test_compare_runs(tmp_path):

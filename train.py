@@ -45,7 +45,7 @@ from notation import write_whole
 # validations in a run; each reads as many frames as EVAL_STEPS steps do, and costs about half as much as these
 VALIDATIONS = 20
 EVAL_STEPS = 6
-# share of the windows that are told the form of their tune; the others learn to do without
+# share of the windows that are told the form of their tune; from the others the model learns to do without
 TOLD = 0.5
 
 
@@ -74,7 +74,7 @@ def parse_args(words=None):
         ('dropout', models.Config.dropout, number(float, 0, 0.99), 'share of channels dropped of what a block adds'),
         ('window', models.Config.window, number(int, 1), 'frames that the attention of a transformer reaches back'),
         ('clock', True, FLAG, 'the model is told where in beat, bar and section a frame stands'),
-        ('form', True, FLAG, 'the model can be told which parts of a tune repeat, and when it ends'),
+        ('form', True, FLAG, 'piano_roll with --clock: the model can be told what repeats, and when a tune ends'),
         ('lookback', 64.0, number(float, 0, 1000), 'beats of the tune that the model can look at again; 0 for none'))
     add_options(
         parser, 'training',
