@@ -195,16 +195,20 @@ def compose(model, representation, opening, count, args, generator, forms=()):
 def draw_plans(forms, count, length, at_least, generator):
     """What the model is told of count tunes: for each the plan of a training song's form, drawn from those of at_least
     to length frames, (count, 1 + length, 4). None where so few songs are of that length that all would be alike."""
-    lengths = [sum(frames for _, frames, _ in form) for form in forms]
-    fitting = [form for form, frames in zip(forms, lengths) if at_least <= frames <= length]
+    fitting = []
+    for form in forms:
+        frames = sum(frames for _, frames, _ in form)
+        if at_least <= frames <= length:
+            fitting.append(form)
     if len(fitting) < max(1, VARIETY * len(forms)):
         return None
-    plans = torch.zeros(count, 1 + length, 4, dtype=torch.int32, device=generator.device)
+    device = generator.device
+    plans = torch.zeros(count, 1 + length, 4, dtype=torch.int32, device=device)
     plans[..., 0] = 1                               # after the end the boundary is asked for again
-    picks = torch.randint(len(fitting), (count,), generator=generator, device=generator.device)
-    for rows, pick in zip(plans, picks.tolist()):
-        told = torch.from_numpy(data.make_plan(fitting[pick]))
-        rows[:len(told)] = told
+    picks = torch.randint(len(fitting), (count,), generator=generator, device=device)
+    for rows, pick in zip(plans, picks):
+        told = data.make_plan(fitting[pick])
+        rows[:len(told)] = torch.from_numpy(told)
     return plans
 
 
