@@ -402,10 +402,10 @@ class Dataset:
         return np.concatenate([make_plan([]), *map(make_plan, self.forms)])
 
     def batch(self, split, batch_size, block_size, transpose, rng, history=0, told=0.0):
-        """Windows of block_size + 1 frames from random places of a split, with the `history` frames before each. Every
-        other one, by chance, is moved up or down by a random interval of at most `transpose` semitones. told: the share
-        of windows, of split train, that are told the form of their song. rng: np.random.Generator. Raises UserError if
-        the split is too short for one."""
+        """Windows of block_size + 1 frames from random places of a split, with the `history` frames before each. Each
+        is moved up or down by a random interval of at most `transpose` semitones; in a common key, by chance, half of
+        them are. told: the share of windows, of split train, that are told the form of their song. rng: np.random.Generator.
+        Raises UserError if the split is too short for one."""
         last = len(self.packed[split]) - block_size - 1
         if last < 0:
             longest = len(self.packed[split]) - 1
@@ -418,7 +418,9 @@ class Dataset:
         time = []
         plans = np.zeros((batch_size, block_size, 4), dtype=np.int32)
         first = rng.integers(0, last + 1, batch_size)
-        semitones = rng.integers(-transpose, transpose + 1, batch_size) * rng.integers(0, 2, batch_size)
+        semitones = rng.integers(-transpose, transpose + 1, batch_size)
+        if self.common_key:                     # half of the windows stay in it
+            semitones *= rng.integers(0, 2, batch_size)
         for row, start, interval, rows in zip(frames, first, semitones, plans):
             if rng.random() < told:
                 rows[:] = self.plans[start + 1:start + block_size + 1]

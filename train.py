@@ -62,7 +62,7 @@ def parse_args(words=None):
         ('onsets', True, FLAG, 'frames of a piano_roll tell struck keys from held ones'),
         ('common_key', None, FLAG, 'move every tune to C major or A minor (default: where all files tell their key)'),
         ('transpose', 6, number(int, 0, 87),
-         'half of the windows are moved at random, at first by so many semitones either way at most, at last by none'))
+         'windows are moved at random, at first by so many semitones either way at most, at last by none'))
     add_options(
         parser, 'model',
         ('arch', 'rwkv', dict(choices=tuple(models.ARCHITECTURES)), 'the architecture'),
