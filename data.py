@@ -404,8 +404,8 @@ class Dataset:
     def batch(self, split, batch_size, block_size, transpose, rng, history=0, told=0.0):
         """Windows of block_size + 1 frames from random places of a split, with the `history` frames before each. Each
         is moved up or down by a random interval of at most `transpose` semitones; in a common key, by chance, half of
-        them are. told: the share of windows, of split train, that are told the form of their song. rng: np.random.Generator.
-        Raises UserError if the split is too short for one."""
+        them are. told: the share of windows, of split train, that are told the form of their song. rng: a
+        np.random.Generator. Raises UserError if the split is too short for one."""
         last = len(self.packed[split]) - block_size - 1
         if last < 0:
             longest = len(self.packed[split]) - 1
