@@ -1,8 +1,8 @@
 """Compare models by their losses and by their music:  python compare.py out/rwkv.pt out/lstm.pt
 
-Each model composes tunes unaided. How far they are from real ones is measured feature by feature: the
-Kolmogorov-Smirnov distance between these tunes and the test songs (after Yang and Lerch, Neural Computing and
-Applications 32, 2020). The training songs stand beside: what they get is as good as real.
+Each model composes tunes, told the forms of training songs if it can be. How far they are from real ones is measured
+feature by feature: the Kolmogorov-Smirnov distance between these tunes and the test songs (after Yang and Lerch, Neural
+Computing and Applications 32, 2020). The training songs stand beside: what they get is as good as real.
 Writes out/compare.csv and out/compare.svg.
 """
 
