@@ -62,7 +62,7 @@ def features(notes, ended):
     leaps = np.abs(np.diff(melody[:, 0]))
     onsets = np.unique(notes[:, 1])
     roll = data.PianoRoll(GRID)
-    steps = data.names(roll.encode(Song('', notes)))
+    steps = data.frame_names(roll.encode(Song('', notes)))
     below = roll.encode(Song('', chords)).any(1)
     beats = notes[:, 2].max()
     bar, pickup = notation.estimate_metre(notes)

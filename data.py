@@ -302,7 +302,7 @@ FURTHEST = 64           # beats that a repeat may lie back
 REPEAT = 8              # beats that it has at least, before a nearer one takes some of them
 
 
-def names(frames):
+def frame_names(frames):
     """A number for each of frames (T, V) -> (T,) int64, the same for equal frames: a sum of random ones, one for each
     unit that is on."""
     return frames @ np.random.default_rng(0).integers(1 << 50, size=frames.shape[1])
@@ -312,14 +312,13 @@ def find_form(notes, frames, beat, common_key):
     """The parts of a song, notes (N, 3) and frames (T, V), `beat` of them to a beat: [(back, frames, home), ..]. A part
     repeats, frame by frame, what stood `back` beats before it, or is new where back is 0; it comes home if the last
     melody note before its end is C or A, the tonic of tunes in the common key (of others it is not known)."""
-    named = names(frames)
+    names = frame_names(frames)
     back = np.zeros(len(frames), dtype=int)
     for beats in range(FURTHEST, 0, -1):        # the nearest repeat counts
         same = np.zeros(len(frames) + 2, dtype=int)
-        same[1 + beats * beat:-1] = named[beats * beat:] == named[:-beats * beat]
-        begin = np.flatnonzero(np.diff(same) > 0)
-        end = np.flatnonzero(np.diff(same) < 0)
-        for first, stop in zip(begin, end):
+        same[1 + beats * beat:-1] = names[beats * beat:] == names[:-beats * beat]
+        changes = np.diff(same)
+        for first, stop in zip(np.flatnonzero(changes > 0), np.flatnonzero(changes < 0)):
             if stop - first >= REPEAT * beat:
                 back[first:stop] = beats
     edges = np.flatnonzero(np.diff(back, prepend=-1, append=-1))
