@@ -194,17 +194,17 @@ def compose(model, representation, opening, count, args, generator, forms=()):
 
 def draw_plans(forms, count, length, at_least, generator):
     """What the model is told of count tunes: for each the plan of a training song's form, drawn from those of at_least
-    to length frames, (count, 1 + length, 4). None where so few songs are of that length that all would be alike."""
+    to length frames, (count, 1 + length, 6). None where so few songs are of that length that all would be alike."""
     fitting = []
     for form in forms:
-        frames = sum(frames for _, frames, _ in form)
+        frames = sum(frames for _, frames, _, _ in form['parts'])
         if at_least <= frames <= length:
             fitting.append(form)
     if len(fitting) < max(1, VARIETY * len(forms)):
         return None
     device = generator.device
-    plans = torch.zeros(count, 1 + length, 4, dtype=torch.int32, device=device)
-    plans[..., 0] = 1                               # after the end the boundary is asked for again
+    # after the end the boundary is asked for again
+    plans = torch.tensor(data.END, dtype=torch.int32, device=device).repeat(count, 1 + length, 1)
     picks = torch.randint(len(fitting), (count,), generator=generator, device=device)
     for rows, pick in zip(plans, picks):
         told = data.make_plan(fitting[pick])

@@ -35,6 +35,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from notation import BARS
 from notation import KEYS
 from notation import LOWEST
 from notation import Song
@@ -42,6 +43,7 @@ from notation import UserError
 from notation import check_writable
 from notation import common_key_shift
 from notation import decoded
+from notation import fit_bars
 from notation import is_melody
 from notation import one_per_key
 from notation import printable
@@ -109,13 +111,14 @@ class Representation:
         return song._replace(notes=self.decode(frames)), frames, semitones
 
     def transpose(self, frames, semitones):
-        """Moves frames (T, V) up, in place, as far as the keyboard allows."""
+        """Moves frames (T, V) up, in place, as far as the keyboard allows, and returns by how many semitones."""
         keys = frames[:, :self.planes * KEYS]
         planes = keys.reshape(len(frames), self.planes, KEYS)
         used = np.flatnonzero(planes.any((0, 1)))
         if len(used):
             semitones = min(max(semitones, -used[0]), KEYS - 1 - used[-1])
             keys[:] = np.roll(planes, semitones, axis=2).reshape(keys.shape)
+        return semitones
 
 
 class PianoRoll(Representation):
@@ -296,10 +299,12 @@ def representation(settings):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The form of a tune: which of its parts are new, and which repeat an earlier one, as in AABB
+# The form of a tune: its metre, which of its parts are new and which repeat an earlier one, as in AABB, and which come
+# home, to the tonic
 
 FURTHEST = 64           # beats that a repeat may lie back
 REPEAT = 8              # beats that it has at least, before a nearer one takes some of them
+END = (1, 0, 0, 0, 0, 0)    # what is told of the boundary after a tune, see make_plan
 
 
 def frame_names(frames):
@@ -308,10 +313,11 @@ def frame_names(frames):
     return frames @ np.random.default_rng(0).integers(1 << 50, size=frames.shape[1])
 
 
-def find_form(notes, frames, beat, common_key):
-    """The parts of a song, notes (N, 3) and frames (T, V), `beat` of them to a beat: [(back, frames, home), ..]. A part
-    repeats, frame by frame, what stood `back` beats before it, or is new where back is 0; it comes home if the last
-    melody note before its end is C or A, the tonic of tunes in the common key (of others it is not known)."""
+def find_form(song, frames, beat, common_key):
+    """The form of a Song, with its frames (T, V), `beat` of them to a beat: dict(metre, bar, pickup, parts), bar and
+    pickup in frames, parts [(back, frames, home, rest), ..]. A part repeats, frame by frame, what stood `back` beats
+    before it, or is new where back is 0. Its last melody note begins `rest` frames before its end; home is 1 + the
+    pitch class of that note if it is C or A, the tonic of tunes in the common key (of others it is not known), or 0."""
     names = frame_names(frames)
     back = np.zeros(len(frames), dtype=int)
     for beats in range(FURTHEST, 0, -1):        # the nearest repeat counts
@@ -322,22 +328,36 @@ def find_form(notes, frames, beat, common_key):
             if stop - first >= REPEAT * beat:
                 back[first:stop] = beats
     edges = np.flatnonzero(np.diff(back, prepend=-1, append=-1))
-    melody = notes[is_melody(notes)]
-    tonic = np.isin((melody[:, 0] + LOWEST) % 12, (0, 9)) & common_key
-    tonic = np.append(tonic, False)             # before the first note
-    last = np.searchsorted(melody[:, 1], (edges[1:] - 0.5) / beat) - 1
-    return list(zip(back[edges[:-1]].tolist(), np.diff(edges).tolist(), tonic[last].tolist()))
+    # the last melody note that begins before the end of each part
+    melody = song.notes[is_melody(song.notes)]
+    onset = np.floor(melody[:, 1] * beat + 0.5).astype(int)
+    last = np.searchsorted(onset, edges[1:]) - 1
+    rest = edges[1:] - np.append(onset, 0)[last]
+    pitch_class = (melody[:, 0].astype(int) + LOWEST) % 12
+    home = (1 + pitch_class) * (np.isin(pitch_class, (0, 9)) & common_key)
+    home = np.append(home, 0)[last]             # [-1]: there is no melody yet
+    parts = zip(back[edges[:-1]].tolist(), np.diff(edges).tolist(), home.tolist(), rest.tolist())
+    metre, bar, pickup = fit_bars(song.notes, song.metre, song.pickup)
+    return dict(metre=metre, bar=max(1, round(bar * beat)), pickup=round(pickup * beat), parts=list(parts))
 
 
 def make_plan(form):
-    """What a model is told of a form, (T + 1, 4) int32: for each frame a row (1 + back, frames left of the part and of
-    the tune, this one counted, does the part come home?), and one for the boundary after it. Zeros tell nothing."""
+    """What a model is told of a form, (T + 1, 6) int32: for each frame a row
+
+        (1 + back, frames left of the part, of the tune, of the bar, 1 + the number of the metre, home)
+
+    and one for the boundary after it. Frames left count this one, home is told from the last melody note of a part on,
+    and zeros tell nothing."""
+    metre = 1 + list(BARS).index(form['metre']) if form['metre'] in BARS else 0
+    of_tune = sum(frames for _, frames, _, _ in form['parts'])
+    before_bar_line = form['pickup']
     rows = []
-    left = sum(frames for _, frames, _ in form)
-    for back, frames, home in form:
-        rows += [(1 + back, frames - i, left - i, home) for i in range(frames)]
-        left -= frames
-    return np.array([*rows, (1, 0, 0, 0)], dtype=np.int32)
+    for back, frames, home, rest in form['parts']:
+        for of_part in range(frames, 0, -1):
+            before_bar_line = (before_bar_line - 1) % form['bar']
+            rows.append((1 + back, of_part, of_tune, 1 + before_bar_line, metre, home if of_part <= rest else 0))
+            of_tune -= 1
+    return np.array([*rows, END], dtype=np.int32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,7 +372,7 @@ class Windows(NamedTuple):
     past: torch.Tensor      # (B, W, V) uint8 the frames before each; empty ones before the split begins
     age: torch.Tensor       # (B,) int64 how many frames ...
     time: torch.Tensor      # (B,) int64 ... and steps the last of these is after the boundary at which its tune began
-    plan: torch.Tensor      # (B, T, 4) int32 what is told of frames[:, 1:], see make_plan
+    plan: torch.Tensor      # (B, T, 6) int32 what is told of frames[:, 1:], see make_plan
 
 
 class Dataset:
@@ -392,13 +412,13 @@ class Dataset:
         forms = []
         for song, (start, end) in zip(self.songs['train'], itertools.pairwise(self.bounds['train'])):
             frames = self.frames('train', start + 1, end)
-            forms.append(find_form(song.notes, frames, self.representation.beat, self.common_key))
+            forms.append(find_form(song, frames, self.representation.beat, self.common_key))
         return forms
 
     @functools.cached_property
     def plans(self):
         """The plans of all training songs, end to end as their frames are."""
-        return np.concatenate([make_plan([]), *map(make_plan, self.forms)])
+        return np.concatenate([[END], *map(make_plan, self.forms)])
 
     def batch(self, split, batch_size, block_size, transpose, rng, history=0, told=0.0):
         """Windows of block_size + 1 frames from random places of a split, with the `history` frames before each. Each
@@ -415,7 +435,7 @@ class Dataset:
         frames = np.zeros(shape, dtype=np.uint8)
         age = []
         time = []
-        plans = np.zeros((batch_size, block_size, 4), dtype=np.int32)
+        plans = np.zeros((batch_size, block_size, len(END)), dtype=np.int32)
         first = rng.integers(0, last + 1, batch_size)
         semitones = rng.integers(-transpose, transpose + 1, batch_size)
         if self.common_key:                     # half of the windows stay in it
@@ -425,7 +445,9 @@ class Dataset:
                 rows[:] = self.plans[start + 1:start + block_size + 1]
             before = min(start, history)        # frames there are before the window
             row[history - before:] = self.frames(split, start - before, start + block_size + 1)
-            self.representation.transpose(row, interval)
+            interval = self.representation.transpose(row, interval)
+            home = rows[:, 5]
+            home[home > 0] = 1 + (home[home > 0] - 1 + interval) % 12
             began = bounds[np.searchsorted(bounds, max(start - 1, 0), 'right') - 1]
             age.append(max(start - 1 - began, 0))
             time.append(self.representation.steps(self.frames(split, began + 1, start)))

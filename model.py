@@ -27,6 +27,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from notation import BARS
 from notation import UserError
 from notation import read_bytes
 from notation import write_whole
@@ -375,27 +376,33 @@ class Clock(nn.Module):
 
 class Form(nn.Module):
     """What the model is told of the form of its tune, if it is told: which passage the next frame repeats, in how many
-    frames u_t that part is over, in how many v_t the tune is, and whether the part comes home, to the tonic. The hands
-    of two more clocks count down,
+    frames u_t that part is over, in how many v_t the tune is and w_t the bar, and the metre. The hands of three more
+    clocks count down,
 
-        x_t = .. + E[1 + b_t] + P hands(u_t) + Q hands(v_t) + home_t S
+        x_t = .. + E[1 + b_t] + M[metre] + P hands(u_t) + Q hands(v_t) + S hands(w_t)
 
-    with E a vector for each number b_t of beats back, 0 for what is new. E[0], "nothing is told", is never read."""
+    with E a vector for each number b_t of beats back, 0 for what is new. E[0], "nothing is told", is never read. And
+    the head is told on which tonic a part comes home: H[pitch class] is added to h_t for it."""
 
     def __init__(self, config):
         super().__init__()
-        self.back = nn.Embedding(config.form + 2, config.n_embd)
+        C = config.n_embd
+        self.back = nn.Embedding(config.form + 2, C)
+        self.metre = nn.Embedding(1 + len(BARS), C)
+        self.home = nn.Embedding(1 + 12, C)
         self.part = Clock(config)
         self.tune = Clock(config)
-        self.home = nn.Parameter(torch.zeros(config.n_embd))
-        nn.init.zeros_(self.back.weight)
+        self.bar = Clock(config)
+        for embedding in (self.back, self.metre, self.home):
+            nn.init.zeros_(embedding.weight)
 
     def forward(self, plan):
-        """plan (B, T, 4), see data.make_plan -> (B, T, C), zeros where nothing is told."""
-        back, part, tune, home = plan.unbind(-1)
+        """plan (B, T, 6), see data.make_plan -> for the blocks and for the head, each (B, T, C), zeros where nothing is
+        told."""
+        back, part, tune, bar, metre, home = plan.unbind(-1)
         told = (back > 0).unsqueeze(-1)
-        x = self.back(back) + self.part(part) + self.tune(tune) + home.unsqueeze(-1) * self.home
-        return told * x
+        x = self.back(back) + self.metre(metre) + self.part(part) + self.tune(tune) + self.bar(bar)
+        return told * x, told * self.home(home)
 
 
 class Lookback(nn.Module):
@@ -647,14 +654,16 @@ class Model(nn.Module):
     def forward(self, frames, state=None, plan=None):
         """frames (B, T, V) binary, T >= 1, and the State before them (None: the first frame is a boundary, where a tune
         starts) -> what the head needs for the frame after each, (B, T, ..), and the State after the last.
-        plan: (B, T, 4) what is told of the frame after each; None: nothing."""
+        plan: (B, T, 6) what is told of the frame after each; None: nothing."""
         state = state or self.start(frames)
+        home = 0
         x = self.emb(frames.to(self.emb.weight.dtype))
         time, age = self.advance(frames, state)
         if self.clock:
             x = x + self.clock(time)
         if self.form and plan is not None:
-            x = x + self.form(plan)
+            told, home = self.form(plan)
+            x = x + told
         if self.look:
             seen = torch.cat((state.past, frames), dim=1)
             names = torch.cat((state.names, self.look.names(frames)), dim=1)
@@ -671,7 +680,7 @@ class Model(nn.Module):
             x = x + self.look(x, run, age, seen)
             W = self.look.W
             state = state._replace(past=seen[:, -W:], names=names[:, -W:], run=run[:, -1])
-        out = self.head(self.ln_out(x))
+        out = self.head(self.ln_out(x + home))
         return out, state
 
     def loss(self, frames, past, age, time, plan=None):
@@ -695,7 +704,7 @@ class Model(nn.Module):
     def compose(self, prompt, length, temperature=1.0, top_p=1.0, generator=None, at_least=0, plan=None):
         """Continues prompts, all B at once: (B, P, V) frames, P >= 1 -> list of B tensors (T_i, V) uint8 with what
         comes after. A row ends with length frames, or where the model draws the boundary, from at_least on.
-        plan: (B, P + length, 4) what is told of the frame after each; None: nothing."""
+        plan: (B, P + length, 6) what is told of the frame after each; None: nothing."""
         self.eval()
         B, P, V = prompt.shape
 
@@ -736,7 +745,7 @@ def same_size(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-VERSION = 5         # of the layout of a checkpoint
+VERSION = 6         # of the layout of a checkpoint
 
 
 def save_checkpoint(path, model, **more):

@@ -946,56 +946,79 @@ def data_song(*phrases, beats=12):
 DATA_PHRASES = dict(A=data_phrase(1, 46), B=data_phrase(2, 51), C=data_phrase(3, 48))      # end on G, C, A
 
 
-@pytest.mark.parametrize('phrases, form', [
-    ('A', [(0, 48, False)]),
-    ('B', [(0, 48, True)]),
-    ('CC', [(0, 48, True), (12, 48, True)]),
-    ('AABB', [(0, 48, False), (12, 48, False), (0, 48, True), (12, 48, True)]),
+@pytest.mark.parametrize('phrases, parts', [
+    ('A', [(0, 48, 0)]),
+    ('B', [(0, 48, 1)]),
+    ('CC', [(0, 48, 10), (12, 48, 10)]),
+    ('AABB', [(0, 48, 0), (12, 48, 0), (0, 48, 1), (12, 48, 1)]),
     # the nearest repeat counts, and a part that goes on is one part
-    ('ABAA', [(0, 96, True), (24, 48, False), (12, 48, False)]),
-    ('ABAB', [(0, 96, True), (24, 96, True)]),
+    ('ABAA', [(0, 96, 1), (24, 48, 0), (12, 48, 0)]),
+    ('ABAB', [(0, 96, 1), (24, 96, 1)]),
     # 60 beats are not too far, 72 are
-    ('ABCBCA', [(0, 144, True), (24, 96, True), (60, 48, False)]),
-    ('ABCBCBA', [(0, 144, True), (24, 144, True), (0, 48, False)])])
-def test_data_form(phrases, form):
-    song = data_song(*(DATA_PHRASES[name] for name in phrases))
-    roll = data.PianoRoll()
+    ('ABCBCA', [(0, 144, 10), (24, 96, 10), (60, 48, 0)]),
+    ('ABCBCBA', [(0, 144, 10), (24, 144, 1), (0, 48, 0)])])
+def test_data_form(phrases, parts):
+    song = data_song(*(DATA_PHRASES[name] for name in phrases))._replace(metre='3/4', pickup=1.0)
+    frames = data.PianoRoll().encode(song)
+    # the last note of each phrase is an eighth
+    form = dict(metre='3/4', bar=12, pickup=4, parts=[(*part, 2) for part in parts])
     # what a player is late by does not matter
-    late = song.notes + [0, 0.1, 0.1]
-    for notes in (song.notes, late):
-        found = data.find_form(notes, roll.encode(song), 4, True)
+    for late in (0, 0.1):
+        found = data.find_form(song._replace(notes=song.notes + [0, late, late]), frames, 4, True)
         assert found == form
-    assert data.find_form(song.notes, roll.encode(song), 4, False) == [(*part, False) for *part, _ in form]
-    # numbers that a checkpoint holds
-    assert json.loads(json.dumps(found)) == [list(part) for part in form]
+    # elsewhere the tonic is not known
+    homeless = data.find_form(song, frames, 4, False)
+    assert homeless == form | dict(parts=[(back, length, 0, 2) for back, length, _ in parts])
+    # numbers and text that a checkpoint holds
+    assert json.loads(json.dumps(found)) == form | dict(parts=[list(part) for part in form['parts']])
     rows = data.make_plan(form).tolist()
-    assert len(rows) == len(roll.encode(song)) + 1 and rows[-1] == [1, 0, 0, 0]
-    for back, frames, home in form:
-        for left in range(frames, 0, -1):
-            assert rows.pop(0) == [1 + back, left, len(rows), home]
+    assert len(rows) == len(frames) + 1 and rows[-1] == [1, 0, 0, 0, 0, 0]
+    bar = 4
+    for back, length, home in parts:
+        for left in range(length, 0, -1):
+            wanted = [1 + back, left, len(rows) - 1, bar, 1 + list(notation.BARS).index('3/4'), home * (left <= 2)]
+            assert rows.pop(0) == wanted
+            bar = bar - 1 or 12
+
+
+def test_data_form_of_what_has_no_melody_and_a_rare_metre():
+    song = data.Song('', np.zeros((0, 3)), metre='5/4', pickup=0.0)
+    form = data.find_form(song, np.zeros((6, 177), dtype=np.uint8), 1, True)
+    assert form == dict(metre='5/4', bar=5, pickup=0, parts=[(0, 6, 0, 6)])
+    assert data.make_plan(form)[:, 3:].tolist() == [[bar, 0, 0] for bar in (5, 4, 3, 2, 1, 5, 0)]
 
 
 def test_data_repeats_of_less_than_8_beats_are_no_parts():
     roll = data.PianoRoll()
     for beats, parts in ((7, 1), (8, 2)):
         song = data_song(*2 * [data_phrase(1, 46, beats)], beats=beats)
-        assert len(data.find_form(song.notes, roll.encode(song), 4, True)) == parts
+        assert len(data.find_form(song, roll.encode(song), 4, True)['parts']) == parts
 
 
 def test_data_windows_are_told_the_form_of_their_song():
     roll = data.PianoRoll()
     songs = [data_song(*(DATA_PHRASES[name] for name in phrases)) for phrases in ('AAB', 'BA')]
     dataset = data.Dataset({split: songs for split in data.SPLITS}, '', roll, common_key=True)
-    rows = np.concatenate([[(1, 0, 0, 0)]] + [data.make_plan(form) for form in dataset.forms])
-    tape = dataset.frames('train', 0, len(rows))
-    assert len(dataset.forms[0]) == 3 and len(rows) == len(dataset.packed['train'])
+    rows = np.concatenate([[data.END]] + [data.make_plan(form) for form in dataset.forms])
+    assert len(dataset.forms[0]['parts']) == 3 and len(rows) == len(dataset.packed['train'])
+    # the names of all windows of 34 frames, by the interval by which the tape was moved
+    windows = {}
+    for move in range(-9, 10):
+        tape = dataset.frames('train', 0, len(rows))
+        roll.transpose(tape, move)
+        windows[move] = np.lib.stride_tricks.sliding_window_view(data.frame_names(tape), 34)
     told = 0
     for seed in range(50):
-        windows = dataset.batch('train', 4, 33, 0, np.random.default_rng(seed), told=0.5)
-        for frames, plan in zip(windows.frames.numpy(), windows.plan.numpy()):
-            places = [i for i in range(len(tape) - 33) if (tape[i:i + 34] == frames).all()]
-            assert not plan.any() or any((rows[i + 1:i + 34] == plan).all() for i in places)
+        drawn = dataset.batch('train', 4, 33, 9, np.random.default_rng(seed), told=0.5)
+        for frames, plan in zip(drawn.frames.numpy(), drawn.plan.numpy()):
             told += plan.any()
+            wanted = [0 * plan]
+            for move, names in windows.items():
+                for i in np.flatnonzero((names == data.frame_names(frames)).all(1)):
+                    wanted.append(rows[i + 1:i + 34].copy())
+                    home = wanted[-1][:, 5]
+                    home[home == 1] = 1 + move % 12
+            assert len(wanted) > 1 and any((plan == one).all() for one in wanted)
         assert not dataset.batch('train', 4, 33, 0, np.random.default_rng(seed)).plan.any()
     assert 70 < told < 130
 
@@ -2139,10 +2162,10 @@ def test_model_composes_what_it_says_and_ends_at_the_boundary(arch, kind):
 
 
 def model_plan(*shape):
-    """Random plans (.., 4) of forms that reach back 5 beats."""
+    """Random plans (.., 6) of forms that reach back 5 beats."""
     make = torch.Generator().manual_seed(5)
     return torch.stack([torch.randint(low, high, shape, generator=make)
-                        for low, high in ((1, 7), (0, 30), (0, 30), (0, 2))], dim=-1)
+                        for low, high in ((1, 7), (0, 30), (0, 30), (0, 30), (0, 6), (0, 13))], dim=-1)
 
 
 def test_model_is_told_the_form_of_a_tune():
@@ -2153,7 +2176,7 @@ def test_model_is_told_the_form_of_a_tune():
         untold, _ = model(frames)
         assert torch.equal(model(frames, None, 0 * plan)[0], untold)
         told, _ = model(frames, None, plan)
-        for column, other in enumerate((0, 31, 31, 1 - plan[:, 12, 3])):
+        for column, other in enumerate((0, 31, 31, 31, 5 - plan[:, 12, 4], 12 - plan[:, 12, 5])):
             changed = plan.clone()
             changed[:, 12, column] = other
             same = (model(frames, None, changed)[0] - told).abs().amax((0, 2)) < 1e-9
@@ -3424,6 +3447,11 @@ def test_compare_longest_copy():
     assert compare_features(old, [old[:100], old[100:]])['copied'] == 99
 
 
+def compare_form(*parts):
+    """A form of parts (back, frames) that all come home to C."""
+    return dict(metre='3/4', bar=6, pickup=2, parts=[(*part, 1, 3) for part in parts])
+
+
 def compare_model(folder, arch, representation, forms=()):
     """A small untrained model, as train.py would leave it, and music for it."""
     rng = np.random.default_rng(0)
@@ -3484,21 +3512,22 @@ def test_compare_composing_has_the_nucleus_of_the_representation(monkeypatch, as
     args = SimpleNamespace(length=2, min_length=1, temperature=1, top_p=asked)
     assert compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, None) == ([], 1)
     make = torch.Generator()
-    compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, make, [[(0, steps, True)]])
+    form = compare_form((0, steps))
+    compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, make, [form])
     untold, told = plans
-    assert untold is None and (told.numpy()[:, :steps + 1] == data.make_plan([(0, steps, True)])).all()
+    assert untold is None and (told.numpy()[:, :steps + 1] == data.make_plan(form)).all()
 
 
 def test_compare_draws_forms_of_fitting_length():
-    forms = [[(0, 20, False)], [(0, 20, True), (3, 30, True)], [(0, 9, True), (2, 51, False)], [(0, 77, True)]]
+    forms = [compare_form(*parts) for parts in ([(0, 20)], [(0, 20), (3, 30)], [(0, 9), (2, 51)], [(0, 77)])]
     make = torch.Generator().manual_seed(0)
     plans = compare.draw_plans(forms, 60, 70, 21, make).numpy()
-    assert plans.shape == (60, 71, 4)
+    assert plans.shape == (60, 71, 6)
     found = set()
     for plan in plans:
         number, = [i for i, form in enumerate(forms) if (plan[0] == data.make_plan(form)[0]).all()]
         whole = data.make_plan(forms[number])
-        assert (plan[:len(whole)] == whole).all() and (plan[len(whole):] == (1, 0, 0, 0)).all()
+        assert (plan[:len(whole)] == whole).all() and (plan[len(whole):] == data.END).all()
         found.add(number)
     assert found == {1, 2}
     for fits, length, at_least in ((True, 77, 77), (False, 76, 61), (False, 19, 1)):
@@ -3534,7 +3563,7 @@ def test_scripts_compose_on_the_forms_that_a_checkpoint_has(tmp_path, monkeypatc
 
     roll = data.PianoRoll(2)
     frames = roll.encode(scripts_dance())
-    forms = [[(0, len(frames), True)]]
+    forms = [compare_form((0, len(frames)))]
     plans = []
     monkeypatch.setattr(Model, 'compose', compose)
     path = scripts_untrained(tmp_path / 'm.pt', roll, forms=forms)

@@ -74,7 +74,7 @@ def parse_args(words=None):
         ('dropout', models.Config.dropout, number(float, 0, 0.99), 'share of channels dropped of what a block adds'),
         ('window', models.Config.window, number(int, 1), 'frames that the attention of a transformer reaches back'),
         ('clock', True, FLAG, 'the model is told where in beat, bar and section a frame stands'),
-        ('form', True, FLAG, 'piano_roll with --clock: the model can be told what repeats, and when a tune ends'),
+        ('form', True, FLAG, 'piano_roll with --clock: the model can be told the form of a tune'),
         ('lookback', 64.0, number(float, 0, 1000), 'beats of the tune that the model can look at again; 0 for none'))
     add_options(
         parser, 'training',
