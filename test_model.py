@@ -3576,6 +3576,10 @@ def test_scripts_compose_on_the_forms_that_a_checkpoint_has(tmp_path, monkeypatc
     notation.write_midi(scripts_dance().notes, tmp_path / 'mine.mid')
     scripts_run('sample', f'--ckpt={path}', f'--prompt={tmp_path / "mine.mid"}')
     assert plans[2] is None
+    # who asks for a metre is given forms in it
+    path = scripts_untrained(tmp_path / 'm.pt', roll, forms=[forms[0], forms[0] | dict(metre='4/4')])
+    scripts_run('sample', f'--ckpt={path}', '--metre=4/4', '--num_samples=9', '--best_of=1')
+    assert (plans[3][:, 0, 4] == 1 + list(notation.BARS).index('4/4')).all()
 
 
 def test_compare_runs(tmp_path):
