@@ -204,7 +204,7 @@ def draw_plans(forms, count, length, at_least, generator):
         return None
     device = generator.device
     # after the end the boundary is asked for again
-    plans = torch.tensor(data.END, dtype=torch.int32, device=device).repeat(count, 1 + length, 1)
+    plans = torch.from_numpy(data.END).to(device).repeat(count, 1 + length, 1)
     picks = torch.randint(len(fitting), (count,), generator=generator, device=device)
     for rows, pick in zip(plans, picks):
         told = data.make_plan(fitting[pick])

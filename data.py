@@ -304,7 +304,8 @@ def representation(settings):
 
 FURTHEST = 64           # beats that a repeat may lie back
 REPEAT = 8              # beats that it has at least, before a nearer one takes some of them
-END = (1, 0, 0, 0, 0, 0)    # what is told of the boundary after a tune, see make_plan
+# what is told of the boundary after a tune, see make_plan
+END = np.array([1, 0, 0, 0, 0, 0], dtype=np.int32)
 
 
 def frame_names(frames):
