@@ -2190,19 +2190,19 @@ def test_model_is_told_the_form_of_a_tune():
 
 
 def test_model_composes_on_a_form():
-    model = model_random(dtype=torch.float32, form=5)
-    prompts = model_frames('chord', 20, 5, 7)
+    model = model_random(kind='bernoulli', dtype=torch.float32, form=5)
+    prompts = model_frames('bernoulli', 20, 5, 7)
     plan = model_plan(20, 5 + 12)
-    told = model.compose(prompts, 12, top_p=1e-6, plan=plan)
-    assert not all(map(torch.equal, told, model.compose(prompts, 12, top_p=1e-6)))
+    told = model.compose(prompts, 12, top_p=1e-6, at_least=12, plan=plan)
+    assert not all(map(torch.equal, told, model.compose(prompts, 12, top_p=1e-6, at_least=12)))
     # many rows are read a few frames at a time
-    many = model.compose(prompts.repeat(60, 1, 1), 12, top_p=1e-6, plan=plan.repeat(60, 1, 1))
+    many = model.compose(prompts.repeat(60, 1, 1), 12, top_p=1e-6, at_least=12, plan=plan.repeat(60, 1, 1))
     assert all(map(torch.equal, many, 60 * told))
     for prompt, tune, rows in zip(prompts, told, plan):
         frames = torch.cat((prompt, tune)).unsqueeze(0)
         with torch.inference_mode():
             out, _ = model(frames, None, rows[:frames.shape[1]].unsqueeze(0))
-            likeliest = model.head.sample(out[0], top_p=1e-6)[4:]
+            likeliest = model.head.sample(out[0], top_p=1e-6, may_end=False)[4:]
         assert torch.equal(likeliest[:len(tune)], tune)
 
 
