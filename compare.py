@@ -197,8 +197,7 @@ def draw_plans(forms, count, length, at_least, generator):
     to length frames, (count, 1 + length, 6). None where so few songs are of that length that all would be alike."""
     fitting = []
     for form in forms:
-        frames = sum(frames for _, frames, _, _ in form['parts'])
-        if at_least <= frames <= length:
+        if at_least <= sum(frames for _, frames, _, _ in form['parts']) <= length:
             fitting.append(form)
     if len(fitting) < max(1, VARIETY * len(forms)):
         return None

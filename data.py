@@ -315,10 +315,12 @@ def frame_names(frames):
 
 
 def find_form(song, frames, beat, common_key):
-    """The form of a Song, with its frames (T, V), `beat` of them to a beat: dict(metre, bar, pickup, parts), bar and
-    pickup in frames, parts [(back, frames, home, rest), ..]. A part repeats, frame by frame, what stood `back` beats
-    before it, or is new where back is 0. Its last melody note begins `rest` frames before its end; home is 1 + the
-    pitch class of that note if it is C or A, the tonic of tunes in the common key (of others it is not known), or 0."""
+    """The form of a Song, with its frames (T, V), `beat` of them to a beat: dict(metre, bar, pickup, parts). bar is how
+    long a bar is and pickup where the first full one begins, both in frames, guessed where the song does not tell them.
+
+    parts: [(back, frames, home, rest), ..]. A part repeats, frame by frame, what stood `back` beats before it, or is
+    new where back is 0. The last melody note before its end begins `rest` frames before it; home is 1 + the pitch class
+    of that note if it is C or A, the tonic of tunes in the common key (of others it is not known), or 0."""
     names = frame_names(frames)
     back = np.zeros(len(frames), dtype=int)
     for beats in range(FURTHEST, 0, -1):        # the nearest repeat counts
@@ -330,16 +332,15 @@ def find_form(song, frames, beat, common_key):
                 back[first:stop] = beats
     edges = np.flatnonzero(np.diff(back, prepend=-1, append=-1))
     # the last melody note that begins before the end of each part
-    melody = song.notes[is_melody(song.notes)]
-    onset = np.floor(melody[:, 1] * beat + 0.5).astype(int)
-    last = np.searchsorted(onset, edges[1:]) - 1
-    rest = edges[1:] - np.append(onset, 0)[last]
-    pitch_class = (melody[:, 0].astype(int) + LOWEST) % 12
+    keys, onsets, _ = quantise(song.notes[is_melody(song.notes)], beat).T
+    last = np.searchsorted(onsets, edges[1:]) - 1
+    rest = edges[1:] - np.append(onsets, 0)[last]
+    pitch_class = (keys + LOWEST) % 12
     home = (1 + pitch_class) * (np.isin(pitch_class, (0, 9)) & common_key)
     home = np.append(home, 0)[last]             # [-1]: there is no melody yet
     parts = zip(back[edges[:-1]].tolist(), np.diff(edges).tolist(), home.tolist(), rest.tolist())
     metre, bar, pickup = fit_bars(song.notes, song.metre, song.pickup)
-    return dict(metre=metre, bar=max(1, round(bar * beat)), pickup=round(pickup * beat), parts=list(parts))
+    return dict(metre=metre, bar=float(bar * beat), pickup=float(pickup * beat), parts=list(parts))
 
 
 def make_plan(form):
@@ -347,16 +348,16 @@ def make_plan(form):
 
         (1 + back, frames left of the part, of the tune, of the bar, 1 + the number of the metre, home)
 
-    and one for the boundary after it. Frames left count this one, home is told from the last melody note of a part on,
-    and zeros tell nothing."""
+    and one for the boundary after it. Frames left count this one, the metre is 0 if it is not in BARS, home is told
+    from the last melody note of a part on. A row of zeros tells nothing."""
     metre = 1 + list(BARS).index(form['metre']) if form['metre'] in BARS else 0
     of_tune = sum(frames for _, frames, _, _ in form['parts'])
-    before_bar_line = form['pickup']
     rows = []
     for back, frames, home, rest in form['parts']:
         for of_part in range(frames, 0, -1):
-            before_bar_line = (before_bar_line - 1) % form['bar']
-            rows.append((1 + back, of_part, of_tune, 1 + before_bar_line, metre, home if of_part <= rest else 0))
+            # a bar line belongs to the frame that is nearest
+            of_bar = 1 + int((form['pickup'] - len(rows) - 0.5) % form['bar'])
+            rows.append((1 + back, of_part, of_tune, of_bar, metre, home if of_part <= rest else 0))
             of_tune -= 1
     return np.array([*rows, END], dtype=np.int32)
 

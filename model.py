@@ -382,7 +382,7 @@ class Form(nn.Module):
         x_t = .. + E[1 + b_t] + M[metre] + P hands(u_t) + Q hands(v_t) + S hands(w_t)
 
     with E a vector for each number b_t of beats back, 0 for what is new. E[0], "nothing is told", is never read. And
-    the head is told on which tonic a part comes home: H[pitch class] is added to h_t for it."""
+    the head is told where a part comes home, to which tonic: it gets h_t + H[1 + pitch class], else h_t + H[0]."""
 
     def __init__(self, config):
         super().__init__()
@@ -610,7 +610,7 @@ class State(NamedTuple):
 
 
 class Model(nn.Module):
-    """frames (B, T, V) -> Linear (+ clock, form, runs) -> LayerNorm -> blocks (+ recall) -> LayerNorm -> head."""
+    """frames (B, T, V) -> Linear (+ clock, form, runs) -> LayerNorm -> blocks (+ recall, home) -> LayerNorm -> head."""
 
     def __init__(self, config):
         super().__init__()

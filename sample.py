@@ -90,7 +90,8 @@ def with_key_and_metre(song):
 
 
 def candidates(model, representation, opening, frames, args, generator, forms):
-    """Composes --best_of tunes for each that is written; and again, if too few are in the metre that is asked for."""
+    """Composes --best_of tunes for each that is written, told forms in the metre that is asked for; and again, if too
+    few are in it."""
     if args.metre:
         forms = [form for form in forms if form['metre'] == args.metre]
     wanted = args.num_samples * args.best_of

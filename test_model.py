@@ -981,7 +981,19 @@ def test_data_form(phrases, parts):
             bar = bar - 1 or 12
 
 
-def test_data_form_of_what_has_no_melody_and_a_rare_metre():
+@pytest.mark.parametrize('metre, pickup, beat, lines', [
+    # a bar of four and a half frames, a rare metre, and bar lines between frames
+    ('9/8', 0.0, 1, (0, 5, 9, 14, 18)), ('9/8', 1.5, 3, (5, 18)), ('5/8', 0.0, 4, (0, 10, 20)),
+    ('4/4', 0.125, 4, (1, 17))])
+def test_data_form_tells_where_bar_lines_are(metre, pickup, beat, lines):
+    song = data.Song('', np.zeros((0, 3)), metre=metre, pickup=pickup)
+    form = data.find_form(song, np.zeros((lines[-1], 177), dtype=np.uint8), beat, True)
+    rows = data.make_plan(form)[:-1]
+    assert all(row[3] == min(line for line in lines if line > t) - t for t, row in enumerate(rows))
+    assert (rows[:, 4] > 0).all() == (metre in notation.BARS)
+
+
+def test_data_form_of_what_has_no_melody():
     song = data.Song('', np.zeros((0, 3)), metre='5/4', pickup=0.0)
     form = data.find_form(song, np.zeros((6, 177), dtype=np.uint8), 1, True)
     assert form == dict(metre='5/4', bar=5, pickup=0, parts=[(0, 6, 0, 6)])
