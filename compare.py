@@ -29,6 +29,10 @@ TRAINING = 200          # training songs that stand beside, and that tunes are r
 HEARD = 1000            # beats of a tune that are measured
 VARIETY = 0.1           # share of the forms of training songs that have to fit a tune that is asked for
 NEAR = 0.3              # how much it weighs that a tune is near to a song, beside variety
+SIDE_BY_SIDE = 32       # tunes composed at once: more are no faster, and take memory
+MOST = 20_000           # tunes composed in all
+TAKES = 8               # of the beats that lead to a note that a tune is told to come home with ...
+LEAD = 16               # ... and how many beats these are
 COMPOSING = (           # the options of sample.py, too
     ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
     ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune'),
@@ -163,9 +167,9 @@ class Tune(NamedTuple):
 
 
 def compose(model, representation, opening, count, args, generator, forms=()):
-    """Goes on from an opening, frames (T, V) after the boundary, count times side by side: a list of Tunes, and how
-    many frames were composed in all. What the representation cannot read, ABC that is not valid for one, is left out.
-    args has length, min_length (beats), temperature and top_p; forms: those of the training songs, see draw_plans."""
+    """Goes on from an opening, frames (T, V) after the boundary, count times: a list of Tunes, and how many frames were
+    composed in all. What the representation cannot read, ABC that is not valid for one, is left out. args has length,
+    min_length (beats), temperature and top_p; forms: those of the training songs, see draw_forms."""
     steps = representation.frames_per_beat
     length = math.ceil(args.length * steps)
     at_least = math.ceil(args.min_length * steps)
@@ -173,54 +177,106 @@ def compose(model, representation, opening, count, args, generator, forms=()):
     device = next(model.parameters()).device
     prompt = np.concatenate((representation.boundary(), opening))
     prompt = torch.from_numpy(prompt).to(device)
-    prompts = prompt.expand(count, -1, -1)
-    plans = None
+    told = []
     if not len(opening):                            # a person's own beginning has a form of its own
-        plans = draw_plans(forms, count, length, at_least, generator)
-    composed = model.compose(prompts, length, args.temperature, top_p, generator, at_least, plans)
+        told = draw_forms(forms, count, length, at_least, generator)
     tunes = []
-    for frames in composed:
-        try:
-            song = representation.to_song(np.concatenate((opening, frames.cpu().numpy())))
-        except UserError:
-            continue
-        if len(frames) and len(song.notes):
-            # the model's own opinion of it, from the first frame after the opening
-            whole = torch.cat((prompt, frames))
-            nats = model.nats(whole.unsqueeze(0))[0, len(prompt) - 1:]
-            tunes.append(Tune(song, nats.double().mean().item(), len(frames) < length))
-    return tunes, sum(map(len, composed))
+    drawn = 0
+    for begin in range(0, count, SIDE_BY_SIDE):
+        prompts = prompt.expand(min(SIDE_BY_SIDE, count - begin), -1, -1)
+        plans = takes = None
+        if told:
+            takes = Takes(representation, told[begin:begin + SIDE_BY_SIDE])
+            plans = make_plans(takes.forms, length).to(device)
+        composed = model.compose(prompts, length, args.temperature, top_p, generator, at_least, plans, takes)
+        for frames in takes.one_of_each(composed) if told else composed:
+            drawn += len(frames)
+            try:
+                song = representation.to_song(np.concatenate((opening, frames.cpu().numpy())))
+            except UserError:
+                continue
+            if len(frames) and len(song.notes):
+                # the model's own opinion of it, from the first frame after the opening
+                whole = torch.cat((prompt, frames))
+                nats = model.nats(whole.unsqueeze(0))[0, len(prompt) - 1:]
+                tunes.append(Tune(song, nats.double().mean().item(), len(frames) < length))
+    return tunes, drawn
 
 
-def draw_plans(forms, count, length, at_least, generator):
-    """What the model is told of count tunes: for each the plan of a training song's form, drawn from those of at_least
-    to length frames, (count, 1 + length, 6). None where so few songs are of that length that all would be alike."""
-    fitting = []
-    for form in forms:
-        if at_least <= sum(frames for _, frames, _, _ in form['parts']) <= length:
-            fitting.append(form)
+def draw_forms(forms, count, length, at_least, generator):
+    """The forms of training songs that count tunes are told, from those of at_least to length frames: from short to
+    long, as evenly as songs are. None, [], where so few songs are of that length that all tunes would be alike."""
+    fitting = [form for form in forms if at_least <= data.form_length(form) <= length]
     if len(fitting) < max(1, VARIETY * len(forms)):
-        return None
-    device = generator.device
-    # after the end the boundary is asked for again
-    plans = torch.from_numpy(data.END).to(device).repeat(count, 1 + length, 1)
-    picks = torch.randint(len(fitting), (count,), generator=generator, device=device)
-    for rows, pick in zip(plans, picks):
-        told = data.make_plan(fitting[pick])
-        rows[:len(told)] = torch.from_numpy(told)
+        return []
+    fitting.sort(key=data.form_length)
+    chance = torch.rand(count, generator=generator, device=generator.device).cpu()
+    places = (torch.arange(count) + chance) / count * len(fitting)
+    return [fitting[place] for place in places.long().clamp(max=len(fitting) - 1)]
+
+
+def make_plans(forms, length):
+    """The plans of forms, (len(forms), 1 + length, 6); after its end a tune is told the boundary again."""
+    plans = torch.from_numpy(data.END).repeat(len(forms), 1 + length, 1)
+    for rows, form in zip(plans, forms):
+        plan = data.make_plan(form)
+        rows[:len(plan)] = torch.from_numpy(plan)
     return plans
 
 
-def check_size(args, model, representation):
-    """Raises UserError if what is asked for is too much at once. args has num_samples and best_of, too."""
+class Takes:
+    """Brings tunes home where their forms do, as `go_on` of Model.compose. LEAD beats before the note that has to be the
+    tonic a tune goes on in TAKES rows; when this note is over one of them goes on, the first that has come home and does
+    not go in circles, or has done one of the two."""
+
+    def __init__(self, representation, forms):
+        self.representation = representation
+        self.forms = forms
+        self.tune = np.arange(len(forms))       # of which tune each row is a take
+
+    def __call__(self, frames, ended):
+        t = frames.shape[1] - 1                 # the last frame so far
+        soon = t + LEAD * self.representation.beat
+        rows = []
+        for tune, form in enumerate(self.forms):
+            takes = np.flatnonzero(self.tune == tune)
+            for first, length, home in form['homes']:
+                if t == first + length - 1:
+                    worth = [-1 if ended[take] else self.worth(frames[take], home) for take in takes]
+                    takes = takes[[np.argmax(worth)]]
+            if len(takes) == 1 and any(t < first <= soon for first, _, _ in form['homes']):
+                takes = takes.repeat(TAKES)
+            rows += takes.tolist()
+        if rows == list(range(len(frames))):
+            return None
+        self.tune = self.tune[rows]
+        return torch.tensor(rows, device=frames.device)
+
+    def worth(self, frames, home):
+        """1 if the last melody note of frames (T, V) has the pitch class home - 1, and 1 more for no circle."""
+        recent = frames[-2 * LEAD * self.representation.beat:].cpu().numpy()
+        notes = self.representation.decode(recent)
+        if not len(notes):
+            return 0
+        key, _, _ = notes[notation.is_melody(notes)][-1]
+        steps = data.frame_names(data.PianoRoll(GRID).encode(Song('', notes)))
+        return int(1 + (key + notation.LOWEST) % 12 == home) + 1 - circles(steps)
+
+    def one_of_each(self, composed):
+        """Of what was composed each tune once."""
+        _, rows = np.unique(self.tune, return_index=True)
+        return [composed[row] for row in rows]
+
+
+def check_size(args, representation):
+    """Raises UserError if longer or more tunes are asked for than there can be."""
     length = math.ceil(args.length * representation.frames_per_beat)
     if length > data.MAX_FRAMES:
         raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
                         f'{data.MAX_FRAMES // representation.frames_per_beat:,} beats or less')
-    frames = args.num_samples * args.best_of * (length + 4 * model.config.lookback)
-    if frames > 200 * data.MAX_FRAMES:      # 3.5 GB
-        raise UserError(f'--num_samples={args.num_samples} times --best_of={args.best_of} times '
-                        f'--length={args.length:g} is too much at once: ask for fewer or shorter tunes')
+    if args.num_samples * args.best_of > MOST:
+        raise UserError(f'--num_samples={args.num_samples} times --best_of={args.best_of} is more than {MOST:,} tunes: '
+                        'ask for fewer')
 
 
 def best(tunes, songs, count):
@@ -438,8 +494,8 @@ def main():
     notation.check_writable(table)
     notation.check_writable(picture)
     loaded = [load_checkpoint(path, data.pick_device(args.device)) for path in args.checkpoints]
-    for model, checkpoint in loaded:
-        check_size(args, model, data.representation(checkpoint['meta']['representation']))
+    for _, checkpoint in loaded:
+        check_size(args, data.representation(checkpoint['meta']['representation']))
     music = sorted({checkpoint['meta']['data'] for _, checkpoint in loaded})
     if len(music) > 1:
         raise UserError(f'these models were trained on {" and on ".join(music)}: compare them apart')

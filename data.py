@@ -315,12 +315,22 @@ def frame_names(frames):
 
 
 def find_form(song, frames, beat, common_key):
-    """The form of a Song, with its frames (T, V), `beat` of them to a beat: dict(metre, bar, pickup, parts). bar is how
-    long a bar is and pickup where the first full one begins, both in frames, guessed where the song does not tell them.
+    """The form of a Song, with its frames (T, V), `beat` of them to a beat: dict(metre, bar, pickup, parts, homes). bar
+    is how long a bar is and pickup where the first full one begins, both in frames, guessed where the song does not
+    tell them.
 
-    parts: [(back, frames, home, rest), ..]. A part repeats, frame by frame, what stood `back` beats before it, or is
-    new where back is 0. The last melody note before its end begins `rest` frames before it; home is 1 + the pitch class
-    of that note if it is C or A, the tonic of tunes in the common key (of others it is not known), or 0."""
+    parts: [(back, frames), ..]. A part repeats, frame by frame, what stood `back` beats before it, or is new where back
+    is 0. homes: see find_homes; none of a tune that is not in the common key, since its tonic is not known."""
+    back = find_repeats(frames, beat)
+    edges = np.flatnonzero(np.diff(back, prepend=-1, append=-1))
+    parts = list(zip(back[edges[:-1]].tolist(), np.diff(edges).tolist()))
+    homes = find_homes(song, back, edges, beat) if common_key else []
+    metre, bar, pickup = fit_bars(song.notes, song.metre, song.pickup)
+    return dict(metre=metre, bar=float(bar * beat), pickup=float(pickup * beat), parts=parts, homes=homes)
+
+
+def find_repeats(frames, beat):
+    """How many beats before each of the frames (T, V) lies what it repeats, (T,); 0: it is new."""
     names = frame_names(frames)
     back = np.zeros(len(frames), dtype=int)
     for beats in range(FURTHEST, 0, -1):        # the nearest repeat counts
@@ -330,17 +340,32 @@ def find_form(song, frames, beat, common_key):
         for first, stop in zip(np.flatnonzero(changes > 0), np.flatnonzero(changes < 0)):
             if stop - first >= REPEAT * beat:
                 back[first:stop] = beats
-    edges = np.flatnonzero(np.diff(back, prepend=-1, append=-1))
-    # the last melody note that begins before the end of each part
+    return back
+
+
+def find_homes(song, back, edges, beat):
+    """The melody notes with which the parts of a tune in the common key come home, [(first frame, frames until the next
+    melody note, 1 + pitch class), ..]: the last one of each part, if it is C or A, and those that such a note repeats.
+    back (T,) as in find_repeats, edges where the parts begin and end."""
     keys, onsets, _ = quantise(song.notes[is_melody(song.notes)], beat).T
-    last = np.searchsorted(onsets, edges[1:]) - 1
-    rest = edges[1:] - np.append(onsets, 0)[last]
     pitch_class = (keys + LOWEST) % 12
-    home = (1 + pitch_class) * (np.isin(pitch_class, (0, 9)) & common_key)
-    home = np.append(home, 0)[last]             # [-1]: there is no melody yet
-    parts = zip(back[edges[:-1]].tolist(), np.diff(edges).tolist(), home.tolist(), rest.tolist())
-    metre, bar, pickup = fit_bars(song.notes, song.metre, song.pickup)
-    return dict(metre=metre, bar=float(bar * beat), pickup=float(pickup * beat), parts=list(parts))
+    source = beat * back
+    ends = edges[1:].tolist()
+    for first, stop in itertools.pairwise(edges):
+        if first and not source[first] and stop - first < REPEAT * beat:
+            source[first:stop] = source[first - 1]      # a short end that is new: a repeat with another last note
+            ends.remove(first)
+    found = set()
+    for end in ends:
+        note = np.searchsorted(onsets, end) - 1
+        while note >= 0 and pitch_class[note] in (0, 9) and note not in found:
+            found.add(int(note))
+            repeated = onsets[note] - source[onsets[note]]
+            note = np.searchsorted(onsets, repeated)
+            if onsets[note] != repeated:
+                break
+    following = np.append(onsets[1:], len(back))
+    return [(int(onsets[i]), int(following[i] - onsets[i]), 1 + int(pitch_class[i])) for i in sorted(found)]
 
 
 def make_plan(form):
@@ -348,18 +373,26 @@ def make_plan(form):
 
         (1 + back, frames left of the part, of the tune, of the bar, 1 + the number of the metre, home)
 
-    and one for the boundary after it. Frames left count this one, the metre is 0 if it is not in BARS, home is told
-    from the last melody note of a part on. A row of zeros tells nothing."""
+    and one for the boundary after it. Frames left count this one, the metre is 0 if it is not in BARS, and home is 1 +
+    the pitch class of the tonic from a note that comes home to the next one, else 0. A row of zeros tells nothing."""
     metre = 1 + list(BARS).index(form['metre']) if form['metre'] in BARS else 0
-    of_tune = sum(frames for _, frames, _, _ in form['parts'])
+    of_tune = form_length(form)
     rows = []
-    for back, frames, home, rest in form['parts']:
+    for back, frames in form['parts']:
         for of_part in range(frames, 0, -1):
             # a bar line belongs to the frame that is nearest
             of_bar = 1 + int((form['pickup'] - len(rows) - 0.5) % form['bar'])
-            rows.append((1 + back, of_part, of_tune, of_bar, metre, home if of_part <= rest else 0))
+            rows.append((1 + back, of_part, of_tune, of_bar, metre, 0))
             of_tune -= 1
-    return np.array([*rows, END], dtype=np.int32)
+    plan = np.array([*rows, END], dtype=np.int32)
+    for first, frames, home in form['homes']:
+        plan[first:first + frames, 5] = home
+    return plan
+
+
+def form_length(form):
+    """Frames in a tune of this form."""
+    return sum(frames for _, frames in form['parts'])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

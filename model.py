@@ -76,7 +76,7 @@ class RNNBlock(nn.Module):
 
         h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
 
-    h_{t-1} goes through a matrix, so step t has to wait for step t - 1. State: h (1, B, C).
+    h_{t-1} goes through a matrix, so step t has to wait for step t - 1. State: h (B, C).
     """
 
     def __init__(self, config, layer):
@@ -91,8 +91,9 @@ class RNNBlock(nn.Module):
         nn.init.zeros_(self.rnn.bias_hh_l0)
 
     def forward(self, x, state):
-        out, state = self.rnn(self.ln(x), state)
-        return x + self.drop(out), state
+        h = None if state is None else state.unsqueeze(0)
+        out, h = self.rnn(self.ln(x), h)
+        return x + self.drop(out), h.squeeze(0)
 
 
 class LSTMBlock(nn.Module):
@@ -103,7 +104,7 @@ class LSTMBlock(nn.Module):
         c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)           what is remembered
         h_t = sigmoid(o) * tanh(c_t)                                what is told
 
-    State: (h (1, B, C), c (1, B, C)).
+    State: (h (B, C), c (B, C)).
     """
 
     def __init__(self, config, layer):
@@ -121,8 +122,9 @@ class LSTMBlock(nn.Module):
         nn.init.ones_(self.lstm.bias_ih_l0.detach()[C:2 * C])
 
     def forward(self, x, state):
-        out, state = self.lstm(self.ln(x), state)
-        return x + self.drop(out), state
+        memory = None if state is None else tuple(part.unsqueeze(0) for part in state)
+        out, (h, c) = self.lstm(self.ln(x), memory)
+        return x + self.drop(out), (h.squeeze(0), c.squeeze(0))
 
 
 def token_shift(x, last):
@@ -356,30 +358,30 @@ class Clock(nn.Module):
 
         x_t = .. + P (cos(2 pi n_t / (b beat)), sin(2 pi n_t / (b beat)) for b in beats)
 
-    It is the position encoding of the Transformer (Vaswani et al. 2017) with the periods that music has.
+    It is the position encoding of the Transformer (Vaswani et al. 2017) with the periods that music has. One clock may
+    show several counts, each with its own hands.
     """
     beats = (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
-    def __init__(self, config):
+    def __init__(self, config, counts=1):
         super().__init__()
         self.beat = config.beat
-        self.position = nn.Linear(2 * len(self.beats), config.n_embd, bias=False)
+        self.position = nn.Linear(2 * len(self.beats) * counts, config.n_embd, bias=False)
         nn.init.zeros_(self.position.weight)            # at first no clock is read
 
     def forward(self, n):
-        """n (B, T) steps since the boundary -> (B, T, C)."""
+        """n (B, T, counts) steps, (B, T) for one count -> (B, T, C)."""
         turns = 1 / (self.beat * torch.tensor(self.beats, device=n.device))
         angle = 2 * math.pi * (n.unsqueeze(-1) * turns % 1)
-        hands = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        hands = torch.cat((angle.cos(), angle.sin()), dim=-1).flatten(2)
         return self.position(hands.to(self.position.weight.dtype))
 
 
 class Form(nn.Module):
     """What the model is told of the form of its tune, if it is told: which passage the next frame repeats, in how many
-    frames u_t that part is over, in how many v_t the tune is and w_t the bar, and the metre. The hands of three more
-    clocks count down,
+    frames u_t that part is over, in how many v_t the tune is and w_t the bar, and the metre. A second clock counts down,
 
-        x_t = .. + E[1 + b_t] + M[metre] + P hands(u_t) + Q hands(v_t) + S hands(w_t)
+        x_t = .. + E[1 + b_t] + M[metre] + P hands(u_t, v_t, w_t)
 
     with E a vector for each number b_t of beats back, 0 for what is new. E[0], "nothing is told", is never read. And
     the head is told where a part comes home, to which tonic: it gets h_t + H[1 + pitch class], else h_t + H[0]."""
@@ -390,18 +392,16 @@ class Form(nn.Module):
         self.back = nn.Embedding(config.form + 2, C)
         self.metre = nn.Embedding(1 + len(BARS), C)
         self.home = nn.Embedding(1 + 12, C)
-        self.part = Clock(config)
-        self.tune = Clock(config)
-        self.bar = Clock(config)
+        self.left = Clock(config, counts=3)
         for embedding in (self.back, self.metre, self.home):
             nn.init.zeros_(embedding.weight)
 
     def forward(self, plan):
         """plan (B, T, 6), see data.make_plan -> for the blocks and for the head, each (B, T, C), zeros where nothing is
         told."""
-        back, part, tune, bar, metre, home = plan.unbind(-1)
+        back, *_, metre, home = plan.unbind(-1)
         told = (back > 0).unsqueeze(-1)
-        x = self.back(back) + self.metre(metre) + self.part(part) + self.tune(tune) + self.bar(bar)
+        x = self.back(back) + self.metre(metre) + self.left(plan[..., 1:4])
         return told * x, told * self.home(home)
 
 
@@ -609,6 +609,16 @@ class State(NamedTuple):
     blocks: tuple               # the state of each block, as it returned it
 
 
+def take_rows(state, rows):
+    """The State, or a part of one, of these rows of the batch; a row may be taken several times. rows: (B',)."""
+    if isinstance(state, torch.Tensor):
+        return state[rows]
+    if not isinstance(state, tuple):                    # None, or a number that holds for all rows
+        return state
+    parts = [take_rows(part, rows) for part in state]
+    return State(*parts) if isinstance(state, State) else tuple(parts)
+
+
 class Model(nn.Module):
     """frames (B, T, V) -> Linear (+ clock, form, runs) -> LayerNorm -> blocks (+ recall, home) -> LayerNorm -> head."""
 
@@ -701,10 +711,13 @@ class Model(nn.Module):
         return torch.cat(nats, dim=1)
 
     @torch.inference_mode()
-    def compose(self, prompt, length, temperature=1.0, top_p=1.0, generator=None, at_least=0, plan=None):
+    def compose(self, prompt, length, temperature=1.0, top_p=1.0, generator=None, at_least=0, plan=None,
+                go_on=None):
         """Continues prompts, all B at once: (B, P, V) frames, P >= 1 -> list of B tensors (T_i, V) uint8 with what
         comes after. A row ends with length frames, or where the model draws the boundary, from at_least on.
-        plan: (B, P + length, 6) what is told of the frame after each; None: nothing."""
+        plan: (B, P + length, 6) what is told of the frame after each; None: nothing. go_on, with a plan: a function of
+        the frames so far, (B, T, V), and of which rows have ended, (B,); it returns the rows that go on, in any number
+        and some of them several times, or None if all do."""
         self.eval()
         B, P, V = prompt.shape
 
@@ -725,6 +738,13 @@ class Model(nn.Module):
             if (ends < length).all():
                 break
             frames[:, t] = frame
+            rows = go_on(frames[:, :t + 1], ends < length) if go_on else None
+            if rows is not None:
+                frame = frame[rows]
+                frames = frames[rows]
+                ends = ends[rows]
+                plan = plan[rows]
+                state = take_rows(state, rows)
             out, state = self(frame.unsqueeze(1), state, told(P + t, P + t + 1))
         return [tune[:end] for tune, end in zip(frames, ends.tolist())]
 
@@ -745,7 +765,7 @@ def same_size(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-VERSION = 6         # of the layout of a checkpoint
+VERSION = 7         # of the layout of a checkpoint
 
 
 def save_checkpoint(path, model, **more):

@@ -188,7 +188,7 @@ def main():
     model, checkpoint = load_checkpoint(args.ckpt, device)
     meta = checkpoint['meta']
     representation = data.representation(meta['representation'])
-    compare.check_size(args, model, representation)
+    compare.check_size(args, representation)
     names = output_names(args)
     seed = secrets.randbits(32) if args.seed is None else args.seed
     generator = torch.Generator(device).manual_seed(seed)

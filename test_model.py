@@ -943,40 +943,41 @@ def data_song(*phrases, beats=12):
     return data.Song('', notes[np.lexsort((notes[:, 0], notes[:, 1]))])
 
 
-DATA_PHRASES = dict(A=data_phrase(1, 46), B=data_phrase(2, 51), C=data_phrase(3, 48))      # end on G, C, A
+DATA_PHRASES = dict(A=data_phrase(1, 46), B=data_phrase(2, 51), C=data_phrase(3, 48),
+                    D=data_phrase(2, 39))       # end on G, C, A, C; B and D are alike but for their last note
 
 
-@pytest.mark.parametrize('phrases, parts', [
-    ('A', [(0, 48, 0)]),
-    ('B', [(0, 48, 1)]),
-    ('CC', [(0, 48, 10), (12, 48, 10)]),
-    ('AABB', [(0, 48, 0), (12, 48, 0), (0, 48, 1), (12, 48, 1)]),
+@pytest.mark.parametrize('phrases, parts, homes', [
+    ('A', [(0, 48)], {}), ('B', [(0, 48)], {46: 1}), ('CC', [(0, 48), (12, 48)], {46: 10, 94: 10}),
+    ('AABB', [(0, 48), (12, 48), (0, 48), (12, 48)], {142: 1, 190: 1}),
     # the nearest repeat counts, and a part that goes on is one part
-    ('ABAA', [(0, 96, 1), (24, 48, 0), (12, 48, 0)]),
-    ('ABAB', [(0, 96, 1), (24, 96, 1)]),
+    ('ABAA', [(0, 96), (24, 48), (12, 48)], {94: 1}), ('ABAB', [(0, 96), (24, 96)], {94: 1, 190: 1}),
     # 60 beats are not too far, 72 are
-    ('ABCBCA', [(0, 144, 10), (24, 96, 10), (60, 48, 0)]),
-    ('ABCBCBA', [(0, 144, 10), (24, 144, 1), (0, 48, 0)])])
-def test_data_form(phrases, parts):
+    ('ABCBCA', [(0, 144), (24, 96), (60, 48)], {142: 10, 238: 10}),
+    # what comes home at the end of a part comes home where it stood before, too
+    ('ABCBCBA', [(0, 144), (24, 144), (0, 48)], {94: 1, 142: 10, 190: 1, 286: 1}),
+    # with another last note
+    ('BAD', [(0, 96), (24, 46), (0, 2)], {46: 1, 142: 1})])
+def test_data_form(phrases, parts, homes):
     song = data_song(*(DATA_PHRASES[name] for name in phrases))._replace(metre='3/4', pickup=1.0)
     frames = data.PianoRoll().encode(song)
     # the last note of each phrase is an eighth
-    form = dict(metre='3/4', bar=12, pickup=4, parts=[(*part, 2) for part in parts])
+    form = dict(metre='3/4', bar=12, pickup=4, parts=parts, homes=[(first, 2, home) for first, home in homes.items()])
     # what a player is late by does not matter
     for late in (0, 0.1):
         found = data.find_form(song._replace(notes=song.notes + [0, late, late]), frames, 4, True)
         assert found == form
     # elsewhere the tonic is not known
-    homeless = data.find_form(song, frames, 4, False)
-    assert homeless == form | dict(parts=[(back, length, 0, 2) for back, length, _ in parts])
+    assert data.find_form(song, frames, 4, False) == form | dict(homes=[])
     # numbers and text that a checkpoint holds
-    assert json.loads(json.dumps(found)) == form | dict(parts=[list(part) for part in form['parts']])
+    json.dumps(found)
     rows = data.make_plan(form).tolist()
-    assert len(rows) == len(frames) + 1 and rows[-1] == [1, 0, 0, 0, 0, 0]
+    assert len(rows) == len(frames) + 1 == data.form_length(form) + 1 and rows[-1] == [1, 0, 0, 0, 0, 0]
     bar = 4
-    for back, length, home in parts:
+    told = [homes.get(t, homes.get(t - 1, 0)) for t in range(len(frames))]
+    for back, length in parts:
         for left in range(length, 0, -1):
-            wanted = [1 + back, left, len(rows) - 1, bar, 1 + list(notation.BARS).index('3/4'), home * (left <= 2)]
+            wanted = [1 + back, left, len(rows) - 1, bar, 1 + list(notation.BARS).index('3/4'), told.pop(0)]
             assert rows.pop(0) == wanted
             bar = bar - 1 or 12
 
@@ -996,7 +997,7 @@ def test_data_form_tells_where_bar_lines_are(metre, pickup, beat, lines):
 def test_data_form_of_what_has_no_melody():
     song = data.Song('', np.zeros((0, 3)), metre='5/4', pickup=0.0)
     form = data.find_form(song, np.zeros((6, 177), dtype=np.uint8), 1, True)
-    assert form == dict(metre='5/4', bar=5, pickup=0, parts=[(0, 6, 0, 6)])
+    assert form == dict(metre='5/4', bar=5, pickup=0, parts=[(0, 6)], homes=[])
     assert data.make_plan(form)[:, 3:].tolist() == [[bar, 0, 0] for bar in (5, 4, 3, 2, 1, 5, 0)]
 
 
@@ -2216,6 +2217,24 @@ def test_model_composes_on_a_form():
             out, _ = model(frames, None, rows[:frames.shape[1]].unsqueeze(0))
             likeliest = model.head.sample(out[0], top_p=1e-6, may_end=False)[4:]
         assert torch.equal(likeliest[:len(tune)], tune)
+
+
+@pytest.mark.parametrize('arch', models.ARCHITECTURES)
+def test_model_goes_on_in_the_rows_that_are_chosen(arch):
+    model = model_random(arch, 'bernoulli', torch.float32, form=5, window=6)
+    prompts = model_frames('bernoulli', 3, 5, 7)
+    plan = model_plan(3, 5 + 12)
+    a, b, c = model.compose(prompts, 12, top_p=1e-6, at_least=12, plan=plan)
+    assert not torch.equal(a[8:], b[8:]) and not torch.equal(b[8:], c[8:])
+    chosen = {3: [2, 0, 1, 2], 9: [3, 1]}
+
+    def go_on(frames, ended):
+        assert not ended.any()
+        rows = chosen.get(frames.shape[1])
+        return rows and torch.tensor(rows)
+
+    last, first = model.compose(prompts, 12, top_p=1e-6, at_least=12, plan=plan, go_on=go_on)
+    assert torch.equal(last, c) and torch.equal(first, a)
 
 
 @pytest.mark.parametrize('grid', [data.PianoRoll(), data.PianoRoll(2, onsets=False), data.Events(), data.AbcText()])
@@ -3460,8 +3479,9 @@ def test_compare_longest_copy():
 
 
 def compare_form(*parts):
-    """A form of parts (back, frames) that all come home to C."""
-    return dict(metre='3/4', bar=6, pickup=2, parts=[(*part, 1, 3) for part in parts])
+    """A form of parts (back, frames), the last of which comes home to C."""
+    length = sum(frames for _, frames in parts)
+    return dict(metre='3/4', bar=6, pickup=2, parts=list(parts), homes=[(length - 3, 3, 1)])
 
 
 def compare_model(folder, arch, representation, forms=()):
@@ -3511,43 +3531,92 @@ def test_compare_best_are_as_a_whole_like_the_songs():
 @pytest.mark.parametrize('asked, representation, taken', [
     (None, data.PianoRoll(2), 1), (None, data.AbcText(), 0.98), (0.5, data.AbcText(), 0.5)])
 def test_compare_composing_has_the_nucleus_of_the_representation(monkeypatch, asked, representation, taken):
-    def record(self, prompt, length, temperature, top_p, generator, at_least, plan):
+    def record(self, prompt, length, temperature, top_p, generator, at_least, plan, go_on):
         plans.append(plan)
+        assert (plan is None) == (go_on is None)
         assert (prompt.shape, length, at_least) == ((3, 1, representation.V), 2 * steps, steps)
         assert prompt[:, 0, -1].all() and prompt.sum() == 3
-        return [torch.zeros(int(top_p == taken), representation.V)]
+        return 3 * [torch.zeros(int(top_p == taken), representation.V)]
 
     monkeypatch.setattr(Model, 'compose', record)
     plans = []
     steps = representation.frames_per_beat
     net = Model(Config(representation.V, head=representation.heads[0], n_layer=1, n_embd=8))
     args = SimpleNamespace(length=2, min_length=1, temperature=1, top_p=asked)
-    assert compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, None) == ([], 1)
-    make = torch.Generator()
-    form = compare_form((0, steps))
-    compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, make, [form])
-    untold, told = plans
-    assert untold is None and (told.numpy()[:, :steps + 1] == data.make_plan(form)).all()
+    assert compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, None) == ([], 3)
+    assert plans == [None]
+
+
+def test_compare_composes_a_few_tunes_at_a_time(monkeypatch):
+    def record(self, prompt, length, temperature, top_p, generator, at_least, plan, go_on):
+        plans.extend(plan)
+        assert len(prompt) == len(plan) == min(32, 41 - len(plans) + len(plan))
+        return [torch.from_numpy(frames)] * len(prompt)
+
+    monkeypatch.setattr(Model, 'compose', record)
+    plans = []
+    roll = data.PianoRoll(2)
+    frames = roll.encode(scripts_dance())
+    forms = [compare_form((0, length)) for length in (20, 12, 16)]
+    net = Model(Config(roll.V, n_layer=1, n_embd=8))
+    args = SimpleNamespace(length=10, min_length=6, temperature=1, top_p=1)
+    nothing = np.zeros((0, roll.V), np.uint8)
+    tunes, count = compare.compose(net, roll, nothing, 41, args, torch.Generator(), forms)
+    assert len(tunes) == 41 and count == 41 * len(frames)
+    # from short to long, and each as long as its form
+    assert [plan[0, 2].item() for plan in plans] == sorted(plan[0, 2].item() for plan in plans)
+    assert {plan[0, 2].item() for plan in plans} == {12, 16, 20}
+    for plan in plans:
+        told = data.make_plan(compare_form((0, plan[0, 2].item())))
+        assert (plan.numpy()[:len(told)] == told).all()
 
 
 def test_compare_draws_forms_of_fitting_length():
-    forms = [compare_form(*parts) for parts in ([(0, 20)], [(0, 20), (3, 30)], [(0, 9), (2, 51)], [(0, 77)])]
+    forms = [compare_form(*parts) for parts in ([(0, 20)], [(0, 77)], [(0, 9), (2, 51)], [(0, 20), (3, 30)])]
     make = torch.Generator().manual_seed(0)
-    plans = compare.draw_plans(forms, 60, 70, 21, make).numpy()
-    assert plans.shape == (60, 71, 6)
-    found = set()
-    for plan in plans:
-        number, = [i for i, form in enumerate(forms) if (plan[0] == data.make_plan(form)[0]).all()]
-        whole = data.make_plan(forms[number])
+    # from short to long, each for as many tunes
+    assert compare.draw_forms(forms, 60, 70, 21, make) == 30 * [forms[3]] + 30 * [forms[2]]
+    assert compare.draw_forms(forms, 5, 76, 52, make) == 5 * [forms[2]]
+    alone = {data.form_length(*compare.draw_forms(forms, 1, 77, 1, make)) for _ in range(40)}
+    assert alone == {20, 50, 60, 77}
+    plans = compare.make_plans(forms[2:], 70).numpy()
+    assert plans.shape == (2, 71, 6)
+    for plan, form in zip(plans, forms[2:]):
+        whole = data.make_plan(form)
         assert (plan[:len(whole)] == whole).all() and (plan[len(whole):] == data.END).all()
-        found.add(number)
-    assert found == {1, 2}
-    for fits, length, at_least in ((True, 77, 77), (False, 76, 61), (False, 19, 1)):
-        plans = compare.draw_plans(forms, 2, length, at_least, make)
-        assert np.array_equal(plans[1], data.make_plan(forms[3])) if fits else plans is None
+    for length, at_least in ((76, 61), (19, 1)):
+        assert compare.draw_forms(forms, 2, length, at_least, make) == []
     # one song in twenty is not enough
-    assert compare.draw_plans(forms[:1] + 19 * forms[3:], 2, 30, 1, make) is None
-    assert compare.draw_plans([], 1, 9, 2, make) is None
+    assert compare.draw_forms(forms[:1] + 19 * forms[1:2], 2, 30, 1, make) == []
+    assert compare.draw_forms([], 1, 9, 2, make) == []
+
+
+def test_compare_takes_come_home(monkeypatch):
+    monkeypatch.setattr(compare, 'TAKES', 4)
+    roll = data.PianoRoll()
+    # to C, and within 16 beats to A; the first tune never does
+    takes = compare.Takes(roll, [dict(homes=[]), dict(homes=[(150, 4, 1), (180, 4, 10)])])
+    no_end = torch.zeros(5, dtype=torch.bool)
+
+    def heard(length, *melodies):
+        """So many frames that end with these melodies."""
+        rows = np.zeros((len(melodies), length, 177), dtype=np.uint8)
+        for row, keys in zip(rows, melodies):
+            row[-4 * len(keys):] = roll.encode(Song('', compare_line(keys)))
+        return torch.from_numpy(rows)
+
+    assert takes(torch.zeros(2, 86, 177), no_end[:2]) is None
+    assert takes(torch.zeros(2, 87, 177), no_end[:2]).tolist() == [0, 1, 1, 1, 1]
+    assert takes(torch.zeros(5, 153, 177), no_end) is None
+    before = np.random.default_rng(0).integers(40, 50, 30).tolist()
+    # the fourth row is the first that ends on a C, 51 or 39, and goes on
+    frames = heard(154, before, before + [50], before + [51], before + [39], before + [51])
+    ended = torch.tensor([False, False, True, False, False])
+    assert takes(frames, ended).tolist() == [0, 3, 3, 3, 3]
+    # none ends on A; one does not go in circles
+    frames = heard(184, before, 16 * [40, 43], 16 * [40, 43], before, 8 * [40, 43, 45, 47])
+    assert takes(frames, no_end).tolist() == [0, 3]
+    assert takes.one_of_each('ab') == ['a', 'b'] and takes(torch.zeros(2, 301, 177), no_end[:2]) is None
 
 
 def test_compare_composed_tunes_are_told_their_cost_and_end(monkeypatch):
@@ -3569,7 +3638,7 @@ def compare_run(*words, **more):
 
 
 def test_scripts_compose_on_the_forms_that_a_checkpoint_has(tmp_path, monkeypatch):
-    def compose(self, prompt, length, temperature, top_p, generator, at_least, plan):
+    def compose(self, prompt, length, temperature, top_p, generator, at_least, plan, go_on):
         plans.append(plan)
         return [torch.from_numpy(frames)] * len(prompt)
 
