@@ -8,6 +8,7 @@ Writes out/compare.csv and out/compare.svg.
 
 import itertools
 import math
+import random
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -167,9 +168,9 @@ class Tune(NamedTuple):
 
 
 def compose(model, representation, opening, count, args, generator, forms=()):
-    """Goes on from an opening, frames (T, V) after the boundary, count times: a list of Tunes, and how many frames were
-    composed in all. What the representation cannot read, ABC that is not valid for one, is left out. args has length,
-    min_length (beats), temperature and top_p; forms: those of the training songs, see draw_forms."""
+    """Goes on from an opening, frames (T, V) after the boundary, count times: a list of Tunes, in no order, and how many
+    frames they have in all. What the representation cannot read, ABC that is not valid for one, is left out. args has
+    length, min_length (beats), temperature and top_p; forms: those of the training songs, see draw_forms."""
     steps = representation.frames_per_beat
     length = math.ceil(args.length * steps)
     at_least = math.ceil(args.min_length * steps)
@@ -177,20 +178,22 @@ def compose(model, representation, opening, count, args, generator, forms=()):
     device = next(model.parameters()).device
     prompt = np.concatenate((representation.boundary(), opening))
     prompt = torch.from_numpy(prompt).to(device)
-    told = []
+    drawn = []
     if not len(opening):                            # a person's own beginning has a form of its own
-        told = draw_forms(forms, count, length, at_least, generator)
+        drawn = draw_forms(forms, count, length, at_least, generator)
     tunes = []
-    drawn = 0
+    total = 0
     for begin in range(0, count, SIDE_BY_SIDE):
         prompts = prompt.expand(min(SIDE_BY_SIDE, count - begin), -1, -1)
         plans = takes = None
-        if told:
-            takes = Takes(representation, told[begin:begin + SIDE_BY_SIDE])
+        if drawn:
+            takes = Takes(representation, drawn[begin:begin + SIDE_BY_SIDE])
             plans = make_plans(takes.forms, length).to(device)
         composed = model.compose(prompts, length, args.temperature, top_p, generator, at_least, plans, takes)
-        for frames in takes.one_of_each(composed) if told else composed:
-            drawn += len(frames)
+        if takes:
+            composed = takes.one_of_each(composed)
+        for frames in composed:
+            total += len(frames)
             try:
                 song = representation.to_song(np.concatenate((opening, frames.cpu().numpy())))
             except UserError:
@@ -200,12 +203,14 @@ def compose(model, representation, opening, count, args, generator, forms=()):
                 whole = torch.cat((prompt, frames))
                 nats = model.nats(whole.unsqueeze(0))[0, len(prompt) - 1:]
                 tunes.append(Tune(song, nats.double().mean().item(), len(frames) < length))
-    return tunes, drawn
+    random.Random(0).shuffle(tunes)             # they came from short to long
+    return tunes, total
 
 
 def draw_forms(forms, count, length, at_least, generator):
-    """The forms of training songs that count tunes are told, from those of at_least to length frames: from short to
-    long, as evenly as songs are. None, [], where so few songs are of that length that all tunes would be alike."""
+    """The forms of training songs that count tunes are told, of at_least to length frames. These forms, sorted by
+    length, are cut into count equal pieces and one is drawn from each, so that tunes are as long as songs are, the
+    shortest first. No forms where so few songs are of that length that all tunes would be alike."""
     fitting = [form for form in forms if at_least <= data.form_length(form) <= length]
     if len(fitting) < max(1, VARIETY * len(forms)):
         return []
@@ -225,34 +230,34 @@ def make_plans(forms, length):
 
 
 class Takes:
-    """Brings tunes home where their forms do, as `go_on` of Model.compose. LEAD beats before the note that has to be the
-    tonic a tune goes on in TAKES rows; when this note is over one of them goes on, the first that has come home and does
-    not go in circles, or has done one of the two."""
+    """Brings tunes home where their forms do, as `go_on` of Model.compose. From LEAD beats before a note that is to be
+    the tonic a tune goes on in TAKES rows. Before its form has the next note one of them is chosen: the first that
+    comes home and does not go in circles, or else does one of the two, or at least has not ended."""
 
     def __init__(self, representation, forms):
         self.representation = representation
         self.forms = forms
-        self.tune = np.arange(len(forms))       # of which tune each row is a take
+        self.tune_of_row = np.arange(len(forms))
 
     def __call__(self, frames, ended):
         t = frames.shape[1] - 1                 # the last frame so far
         soon = t + LEAD * self.representation.beat
         rows = []
         for tune, form in enumerate(self.forms):
-            takes = np.flatnonzero(self.tune == tune)
+            takes = np.flatnonzero(self.tune_of_row == tune)
             for first, length, home in form['homes']:
                 if t == first + length - 1:
-                    worth = [-1 if ended[take] else self.worth(frames[take], home) for take in takes]
+                    worth = [-1 if ended[take] else self.rate(frames[take], home) for take in takes]
                     takes = takes[[np.argmax(worth)]]
-            if len(takes) == 1 and any(t < first <= soon for first, _, _ in form['homes']):
+            if len(takes) == 1 and not ended[takes[0]] and any(t < first <= soon for first, _, _ in form['homes']):
                 takes = takes.repeat(TAKES)
             rows += takes.tolist()
         if rows == list(range(len(frames))):
             return None
-        self.tune = self.tune[rows]
+        self.tune_of_row = self.tune_of_row[rows]
         return torch.tensor(rows, device=frames.device)
 
-    def worth(self, frames, home):
+    def rate(self, frames, home):
         """1 if the last melody note of frames (T, V) has the pitch class home - 1, and 1 more for no circle."""
         recent = frames[-2 * LEAD * self.representation.beat:].cpu().numpy()
         notes = self.representation.decode(recent)
@@ -264,12 +269,12 @@ class Takes:
 
     def one_of_each(self, composed):
         """Of what was composed each tune once."""
-        _, rows = np.unique(self.tune, return_index=True)
+        _, rows = np.unique(self.tune_of_row, return_index=True)
         return [composed[row] for row in rows]
 
 
 def check_size(args, representation):
-    """Raises UserError if longer or more tunes are asked for than there can be."""
+    """Raises UserError if longer tunes are asked for than a song may be, or more than can be looked through."""
     length = math.ceil(args.length * representation.frames_per_beat)
     if length > data.MAX_FRAMES:
         raise UserError(f'--length={args.length:g} is more than {data.MAX_FRAMES:,} frames: ask for '
@@ -475,7 +480,7 @@ def parse_args():
     parser.add_argument('checkpoints', nargs='+', type=Path, metavar='CHECKPOINT', help='written by train.py')
     data.add_options(
         parser, 'composing',
-        ('num_samples', 100, number(int, 1, 1000), 'tunes of each model, composed side by side'),
+        ('num_samples', 100, number(int, 1, 1000), 'tunes of each model'),
         ('best_of', 1, number(int, 1, 100), 'so many are composed for each of them (as in sample.py; there 8)'),
         *COMPOSING,
         ('seed', 1, number(int, 0, 2 ** 63 - 1), 'the same seed gives the same tunes'),

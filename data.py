@@ -344,24 +344,23 @@ def find_repeats(frames, beat):
 
 
 def find_homes(song, back, edges, beat):
-    """The melody notes with which the parts of a tune in the common key come home, [(first frame, frames until the next
-    melody note, 1 + pitch class), ..]: the last one of each part, if it is C or A, and those that such a note repeats.
+    """The melody notes with which a tune in the common key comes home, [(first frame, frames until the next melody note,
+    1 + pitch class), ..]: the last one of each part, if it is C or A, and, where the part is a repeat, the C or A in
+    the same place of what it repeats. A few new frames in or after a repeat, as another last note, belong to it.
     back (T,) as in find_repeats, edges where the parts begin and end."""
     keys, onsets, _ = quantise(song.notes[is_melody(song.notes)], beat).T
     pitch_class = (keys + LOWEST) % 12
     source = beat * back
-    ends = edges[1:].tolist()
     for first, stop in itertools.pairwise(edges):
         if first and not source[first] and stop - first < REPEAT * beat:
-            source[first:stop] = source[first - 1]      # a short end that is new: a repeat with another last note
-            ends.remove(first)
+            source[first:stop] = source[first - 1]
     found = set()
-    for end in ends:
+    for end in np.flatnonzero(np.diff(source, append=-1)) + 1:
         note = np.searchsorted(onsets, end) - 1
         while note >= 0 and pitch_class[note] in (0, 9) and note not in found:
             found.add(int(note))
             repeated = onsets[note] - source[onsets[note]]
-            note = np.searchsorted(onsets, repeated)
+            note = np.searchsorted(onsets, repeated, side='right') - 1
             if onsets[note] != repeated:
                 break
     following = np.append(onsets[1:], len(back))

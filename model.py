@@ -354,7 +354,7 @@ def count_since(reset, passed, before):
 
 class Clock(nn.Module):
     """Where in the beat, the bar and the section of the tune a frame stands: hands that turn once in `beats` beats,
-    from the boundary at which the tune begins. With n_t steps since then, `beat` of them to a beat,
+    from the boundary at which the tune begins. With n_t steps since then (for Form: steps left), `beat` to a beat,
 
         x_t = .. + P (cos(2 pi n_t / (b beat)), sin(2 pi n_t / (b beat)) for b in beats)
 
@@ -370,7 +370,7 @@ class Clock(nn.Module):
         nn.init.zeros_(self.position.weight)            # at first no clock is read
 
     def forward(self, n):
-        """n (B, T, counts) steps, (B, T) for one count -> (B, T, C)."""
+        """n (B, T, counts), or (B, T) for one count -> (B, T, C)."""
         turns = 1 / (self.beat * torch.tensor(self.beats, device=n.device))
         angle = 2 * math.pi * (n.unsqueeze(-1) * turns % 1)
         hands = torch.cat((angle.cos(), angle.sin()), dim=-1).flatten(2)
@@ -379,7 +379,8 @@ class Clock(nn.Module):
 
 class Form(nn.Module):
     """What the model is told of the form of its tune, if it is told: which passage the next frame repeats, in how many
-    frames u_t that part is over, in how many v_t the tune is and w_t the bar, and the metre. A second clock counts down,
+    frames u_t that part is over, in how many v_t the tune is and w_t the bar, and the metre. A second clock counts
+    down,
 
         x_t = .. + E[1 + b_t] + M[metre] + P hands(u_t, v_t, w_t)
 
@@ -716,8 +717,8 @@ class Model(nn.Module):
         """Continues prompts, all B at once: (B, P, V) frames, P >= 1 -> list of B tensors (T_i, V) uint8 with what
         comes after. A row ends with length frames, or where the model draws the boundary, from at_least on.
         plan: (B, P + length, 6) what is told of the frame after each; None: nothing. go_on, with a plan: a function of
-        the frames so far, (B, T, V), and of which rows have ended, (B,); it returns the rows that go on, in any number
-        and some of them several times, or None if all do."""
+        what came after the prompts so far, (B, T, V), and of which rows have ended, (B,); it returns the rows that go
+        on, in any number and some of them several times, or None if all do. What is left at the end is returned."""
         self.eval()
         B, P, V = prompt.shape
 

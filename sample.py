@@ -46,7 +46,7 @@ def parse_args():
     add_options(
         parser, 'composing',
         ('num_samples', 1, number(int, 1, 1000), 'tunes to write, as varied as songs are'),
-        ('best_of', 8, number(int, 1, 1000), 'tunes composed, side by side, for each that is written'),
+        ('best_of', 8, number(int, 1, 1000), 'tunes composed for each that is written'),
         *compare.COMPOSING,
         ('metre', None, dict(choices=sorted(notation.BARS)), 'keep only tunes in this metre (default: any)'),
         ('seed', None, number(int, 0, 2 ** 63 - 1), 'the same seed, the same files (default: a new one, printed)'),

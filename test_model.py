@@ -956,8 +956,8 @@ DATA_PHRASES = dict(A=data_phrase(1, 46), B=data_phrase(2, 51), C=data_phrase(3,
     ('ABCBCA', [(0, 144), (24, 96), (60, 48)], {142: 10, 238: 10}),
     # what comes home at the end of a part comes home where it stood before, too
     ('ABCBCBA', [(0, 144), (24, 144), (0, 48)], {94: 1, 142: 10, 190: 1, 286: 1}),
-    # with another last note
-    ('BAD', [(0, 96), (24, 46), (0, 2)], {46: 1, 142: 1})])
+    # with another last note, which in the midst of a repeat brings nothing home
+    ('BAD', [(0, 96), (24, 46), (0, 2)], {46: 1, 142: 1}), ('BADA', [(0, 96), (24, 46), (0, 2), (24, 48)], {})])
 def test_data_form(phrases, parts, homes):
     song = data_song(*(DATA_PHRASES[name] for name in phrases))._replace(metre='3/4', pickup=1.0)
     frames = data.PianoRoll().encode(song)
@@ -980,6 +980,11 @@ def test_data_form(phrases, parts, homes):
             wanted = [1 + back, left, len(rows) - 1, bar, 1 + list(notation.BARS).index('3/4'), told.pop(0)]
             assert rows.pop(0) == wanted
             bar = bar - 1 or 12
+
+
+def test_data_form_of_notes_that_fall_on_one_step():
+    song = data.Song('', np.array([[51, 0, 0.2], [51, 0.2, 1]]), metre='4/4', pickup=0.0)
+    assert data.find_form(song, data.PianoRoll(1).encode(song), 1, True)['homes'] == [(0, 1, 1)]
 
 
 @pytest.mark.parametrize('metre, pickup, beat, lines', [
@@ -2235,6 +2240,16 @@ def test_model_goes_on_in_the_rows_that_are_chosen(arch):
 
     last, first = model.compose(prompts, 12, top_p=1e-6, at_least=12, plan=plan, go_on=go_on)
     assert torch.equal(last, c) and torch.equal(first, a)
+    # what has ended stays ended
+    model.head.out.weight.data[6] = 0
+    model.head.out.bias.data[6] = -2
+    ends = [len(tune) for tune in model.compose(prompts, 12, generator=torch.Generator().manual_seed(1), plan=plan)]
+    early = ends.index(min(ends))
+    assert min(ends) < max(ends)
+    chosen = {min(ends) + 1: torch.tensor([early] * 3)}
+    tunes = model.compose(prompts, 12, generator=torch.Generator().manual_seed(1), plan=plan,
+                          go_on=lambda frames, ended: chosen.get(frames.shape[1]))
+    assert [len(tune) for tune in tunes] == 3 * [min(ends)]
 
 
 @pytest.mark.parametrize('grid', [data.PianoRoll(), data.PianoRoll(2, onsets=False), data.Events(), data.AbcText()])
@@ -3615,8 +3630,36 @@ def test_compare_takes_come_home(monkeypatch):
     assert takes(frames, ended).tolist() == [0, 3, 3, 3, 3]
     # none ends on A; one does not go in circles
     frames = heard(184, before, 16 * [40, 43], 16 * [40, 43], before, 8 * [40, 43, 45, 47])
-    assert takes(frames, no_end).tolist() == [0, 3]
+    assert takes.one_of_each('abcde') == ['a', 'b'] and takes(frames, no_end).tolist() == [0, 3]
     assert takes.one_of_each('ab') == ['a', 'b'] and takes(torch.zeros(2, 301, 177), no_end[:2]) is None
+    # silence comes nowhere, and what has ended needs no takes
+    assert takes.rate(torch.zeros(200, 177, dtype=torch.uint8), 1) == 0
+    takes = compare.Takes(roll, [dict(homes=[(40, 4, 1)])])
+    assert takes(torch.zeros(1, 9, 177), ~no_end[:1]) is None
+
+
+def test_compare_composes_in_takes(monkeypatch):
+    """The composer and the takes agree on which frame is which, and each tune comes back once."""
+    roll = data.PianoRoll()
+    heard = []
+    counts = []
+    rate = compare.Takes.rate
+    forward = Model.forward
+    monkeypatch.setattr(compare, 'TAKES', 3)
+    monkeypatch.setattr(compare.Takes, 'rate', lambda *words: heard.append(len(words[1])) or rate(*words))
+    monkeypatch.setattr(Model, 'forward', lambda self, frames, *more: counts.append(len(frames)) or
+                        forward(self, frames, *more))
+    torch.manual_seed(0)
+    net = Model(Config(roll.V, 'lstm', 'bernoulli', 1, 8, lookback=8, beat=4, form=64))
+    torch.nn.init.constant_(net.head.out.bias, -4.0)
+    torch.nn.init.constant_(net.head.out.bias[-1:], -30.0)
+    forms = [compare_form((0, 100)) | dict(homes=[(90, 4, 1)]), compare_form((0, 120)) | dict(homes=[(66, 2, 1)])]
+    args = SimpleNamespace(length=30, min_length=25, temperature=1, top_p=1)
+    nothing = np.zeros((0, roll.V), np.uint8)
+    tunes, total = compare.compose(net, roll, nothing, 2, args, torch.Generator().manual_seed(0), forms)
+    assert len(tunes) == 2 and total == 240 and heard == 3 * [68] + 3 * [94]
+    # the second tune goes on in three rows from 64 frames before frame 66 to frame 67, the first one to frame 93
+    assert counts[:120] == 3 * [2] + 24 * [4] + 41 * [6] + 26 * [4] + 26 * [2]
 
 
 def test_compare_composed_tunes_are_told_their_cost_and_end(monkeypatch):
