@@ -32,14 +32,15 @@ VARIETY = 0.1           # share of the forms of training songs that have to fit 
 NEAR = 0.3              # how much it weighs that a tune is near to a song, beside variety
 SIDE_BY_SIDE = 32       # tunes composed at once: more are no faster, and take memory
 MOST = 20_000           # tunes composed in all
-TAKES = 8               # of the beats that lead to a note that a tune is told to come home with ...
-LEAD = 16               # ... and how many beats these are
+TAKES = 8               # rows that a tune is composed in; one of them is chosen when it comes home ...
+PHRASE = 16             # ... and else after so many beats
 COMPOSING = (           # the options of sample.py, too
     ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
     ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune'),
     ('temperature', 0.95, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer'),
     ('top_p', None, number(float, 0.01, 1),
-     'nucleus: choose among the likeliest that hold so much probability (default: 1, which is all; for ABC text 0.98)'))
+     'nucleus: choose among the likeliest that hold so much probability (default: 0.99, for ABC text 0.98, for events '
+     '1, which is all)'))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The features of a tune. Notes are (N, 3) as in notation.py, steps (S,) a number for what is struck and held in each
@@ -168,9 +169,9 @@ class Tune(NamedTuple):
 
 
 def compose(model, representation, opening, count, args, generator, forms=()):
-    """Goes on from an opening, frames (T, V) after the boundary, count times: a list of Tunes, in no order, and how many
-    frames they have in all. What the representation cannot read, ABC that is not valid for one, is left out. args has
-    length, min_length (beats), temperature and top_p; forms: those of the training songs, see draw_forms."""
+    """Goes on from an opening, frames (T, V) after the boundary, count times: a list of Tunes, in no order, and how
+    many frames they have in all. What the representation cannot read, ABC that is not valid for one, is left out. args
+    has length, min_length (beats), temperature and top_p; forms: those of the training songs, see draw_forms."""
     steps = representation.frames_per_beat
     length = math.ceil(args.length * steps)
     at_least = math.ceil(args.min_length * steps)
@@ -230,26 +231,34 @@ def make_plans(forms, length):
 
 
 class Takes:
-    """Brings tunes home where their forms do, as `go_on` of Model.compose. From LEAD beats before a note that is to be
-    the tonic a tune goes on in TAKES rows. Before its form has the next note one of them is chosen: the first that
-    comes home and does not go in circles, or else does one of the two, or at least has not ended."""
+    """Composes each tune in TAKES rows, as `go_on` of Model.compose. When its form comes home, and else after PHRASE
+    beats, one of them goes on in all: the first that has come home and does not go in circles, or else does one of the
+    two, or at least has not ended."""
 
     def __init__(self, representation, forms):
         self.representation = representation
         self.forms = forms
         self.tune_of_row = np.arange(len(forms))
+        self.choices = [self.when_to_choose(form) for form in forms]
+
+    def when_to_choose(self, form):
+        """{the last frame before a choice: the tonic that has to be there, as in a plan, or 0}"""
+        phrase = PHRASE * self.representation.beat
+        homes = {first + length - 1: home for first, length, home in form['homes']}
+        choices = {data.form_length(form) - 1: 0} | homes
+        for before, frame in itertools.pairwise([0, *sorted(choices)]):
+            choices |= dict.fromkeys(range(before + phrase, frame - phrase + 1, phrase), 0)
+        return choices
 
     def __call__(self, frames, ended):
         t = frames.shape[1] - 1                 # the last frame so far
-        soon = t + LEAD * self.representation.beat
         rows = []
-        for tune, form in enumerate(self.forms):
+        for tune, choices in enumerate(self.choices):
             takes = np.flatnonzero(self.tune_of_row == tune)
-            for first, length, home in form['homes']:
-                if t == first + length - 1:
-                    worth = [-1 if ended[take] else self.rate(frames[take], home) for take in takes]
-                    takes = takes[[np.argmax(worth)]]
-            if len(takes) == 1 and not ended[takes[0]] and any(t < first <= soon for first, _, _ in form['homes']):
+            if t in choices:
+                worth = [-1 if ended[take] else self.rate(frames[take], choices[t]) for take in takes]
+                takes = takes[[np.argmax(worth)]]
+            if len(takes) == 1 and t < max(choices) and not ended[takes[0]]:
                 takes = takes.repeat(TAKES)
             rows += takes.tolist()
         if rows == list(range(len(frames))):
@@ -258,14 +267,14 @@ class Takes:
         return torch.tensor(rows, device=frames.device)
 
     def rate(self, frames, home):
-        """1 if the last melody note of frames (T, V) has the pitch class home - 1, and 1 more for no circle."""
-        recent = frames[-2 * LEAD * self.representation.beat:].cpu().numpy()
+        """1 if home is 0 or 1 + the pitch class of the last melody note of frames (T, V), and 1 for no circle."""
+        recent = frames[-2 * PHRASE * self.representation.beat:].cpu().numpy()
         notes = self.representation.decode(recent)
         if not len(notes):
             return 0
         key, _, _ = notes[notation.is_melody(notes)][-1]
         steps = data.frame_names(data.PianoRoll(GRID).encode(Song('', notes)))
-        return int(1 + (key + notation.LOWEST) % 12 == home) + 1 - circles(steps)
+        return int(home in (0, 1 + (key + notation.LOWEST) % 12)) + 1 - circles(steps)
 
     def one_of_each(self, composed):
         """Of what was composed each tune once."""

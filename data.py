@@ -124,6 +124,7 @@ class Representation:
 class PianoRoll(Representation):
     """A frame is a step of time and says of each key whether it is struck in it (units 0..87) or still held from
     before (88..175). With onsets=False there is one plane, on wherever a key sounds; repeated notes melt together."""
+    top_p = 0.99        # one unlikely key is heard
 
     def __init__(self, steps_per_beat=4, onsets=True):
         self.settings = dict(name='piano_roll', steps_per_beat=steps_per_beat, onsets=onsets)
@@ -315,9 +316,9 @@ def frame_names(frames):
 
 
 def find_form(song, frames, beat, common_key):
-    """The form of a Song, with its frames (T, V), `beat` of them to a beat: dict(metre, bar, pickup, parts, homes). bar
-    is how long a bar is and pickup where the first full one begins, both in frames, guessed where the song does not
-    tell them.
+    """The form of a Song, with its frames (T, V), `beat` of them to a beat: dict(metre, sixteenths, bar, pickup, parts,
+    homes). sixteenths: does more than one note in twenty begin between the eighths? bar is how long a bar is and pickup
+    where the first full one begins, both in frames, guessed where the song does not tell them.
 
     parts: [(back, frames), ..]. A part repeats, frame by frame, what stood `back` beats before it, or is new where back
     is 0. homes: see find_homes; none of a tune that is not in the common key, since its tonic is not known."""
@@ -326,7 +327,10 @@ def find_form(song, frames, beat, common_key):
     parts = list(zip(back[edges[:-1]].tolist(), np.diff(edges).tolist()))
     homes = find_homes(song, back, edges, beat) if common_key else []
     metre, bar, pickup = fit_bars(song.notes, song.metre, song.pickup)
-    return dict(metre=metre, bar=float(bar * beat), pickup=float(pickup * beat), parts=parts, homes=homes)
+    between = 2 * quantise(song.notes, beat)[:, 1] % beat > 0
+    sixteenths = bool(between.sum() > 0.05 * len(between))
+    return dict(metre=metre, sixteenths=sixteenths, bar=float(bar * beat), pickup=float(pickup * beat), parts=parts,
+                homes=homes)
 
 
 def find_repeats(frames, beat):
@@ -344,9 +348,9 @@ def find_repeats(frames, beat):
 
 
 def find_homes(song, back, edges, beat):
-    """The melody notes with which a tune in the common key comes home, [(first frame, frames until the next melody note,
-    1 + pitch class), ..]: the last one of each part, if it is C or A, and, where the part is a repeat, the C or A in
-    the same place of what it repeats. A few new frames in or after a repeat, as another last note, belong to it.
+    """The melody notes with which a tune in the common key comes home, [(first frame, frames until the next melody
+    note, 1 + pitch class), ..]: the last one of each part, if it is C or A, and, where the part is a repeat, the C or A
+    in the same place of what it repeats. A few new frames in or after a repeat, as another last note, belong to it.
     back (T,) as in find_repeats, edges where the parts begin and end."""
     keys, onsets, _ = quantise(song.notes[is_melody(song.notes)], beat).T
     pitch_class = (keys + LOWEST) % 12
@@ -370,11 +374,14 @@ def find_homes(song, back, edges, beat):
 def make_plan(form):
     """What a model is told of a form, (T + 1, 6) int32: for each frame a row
 
-        (1 + back, frames left of the part, of the tune, of the bar, 1 + the number of the metre, home)
+        (1 + back, frames left of the part, of the tune, of the bar, metre, home)
 
-    and one for the boundary after it. Frames left count this one, the metre is 0 if it is not in BARS, and home is 1 +
-    the pitch class of the tonic from a note that comes home to the next one, else 0. A row of zeros tells nothing."""
-    metre = 1 + list(BARS).index(form['metre']) if form['metre'] in BARS else 0
+    and one for the boundary after it. Frames left count this one. metre is 1 + twice its number in BARS, and 1 more
+    with sixteenths, or 0 for another metre. home is 1 + the pitch class of the tonic from a note that comes home to the
+    next one, else 0. A row of zeros tells nothing."""
+    metre = 0
+    if form['metre'] in BARS:
+        metre = 1 + 2 * list(BARS).index(form['metre']) + form['sixteenths']
     of_tune = form_length(form)
     rows = []
     for back, frames in form['parts']:

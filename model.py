@@ -379,8 +379,8 @@ class Clock(nn.Module):
 
 class Form(nn.Module):
     """What the model is told of the form of its tune, if it is told: which passage the next frame repeats, in how many
-    frames u_t that part is over, in how many v_t the tune is and w_t the bar, and the metre. A second clock counts
-    down,
+    frames u_t that part is over, in how many v_t the tune is and w_t the bar, and the metre, with or without
+    sixteenths. A second clock counts down,
 
         x_t = .. + E[1 + b_t] + M[metre] + P hands(u_t, v_t, w_t)
 
@@ -391,7 +391,7 @@ class Form(nn.Module):
         super().__init__()
         C = config.n_embd
         self.back = nn.Embedding(config.form + 2, C)
-        self.metre = nn.Embedding(1 + len(BARS), C)
+        self.metre = nn.Embedding(1 + 2 * len(BARS), C)
         self.home = nn.Embedding(1 + 12, C)
         self.left = Clock(config, counts=3)
         for embedding in (self.back, self.metre, self.home):

@@ -962,7 +962,8 @@ def test_data_form(phrases, parts, homes):
     song = data_song(*(DATA_PHRASES[name] for name in phrases))._replace(metre='3/4', pickup=1.0)
     frames = data.PianoRoll().encode(song)
     # the last note of each phrase is an eighth
-    form = dict(metre='3/4', bar=12, pickup=4, parts=parts, homes=[(first, 2, home) for first, home in homes.items()])
+    form = dict(metre='3/4', sixteenths=False, bar=12, pickup=4, parts=parts,
+                homes=[(first, 2, home) for first, home in homes.items()])
     # what a player is late by does not matter
     for late in (0, 0.1):
         found = data.find_form(song._replace(notes=song.notes + [0, late, late]), frames, 4, True)
@@ -977,9 +978,22 @@ def test_data_form(phrases, parts, homes):
     told = [homes.get(t, homes.get(t - 1, 0)) for t in range(len(frames))]
     for back, length in parts:
         for left in range(length, 0, -1):
-            wanted = [1 + back, left, len(rows) - 1, bar, 1 + list(notation.BARS).index('3/4'), told.pop(0)]
+            wanted = [1 + back, left, len(rows) - 1, bar, 3, told.pop(0)]
             assert rows.pop(0) == wanted
             bar = bar - 1 or 12
+
+
+def test_data_form_tells_of_sixteenths():
+    for metre, number in (('4/4', 1), ('3/4', 3), ('9/8', 9), ('5/4', None)):
+        song = data.Song('', compare_line(range(40, 60)), metre=metre, pickup=0.0)
+        for late, sixteenths in ((0.5, False), (0.25, True)):
+            # one note of twenty is not enough, two are
+            for count in (1, 2):
+                song.notes[:count, 1] = np.arange(count) + late
+                form = data.find_form(song, np.zeros((80, 177), dtype=np.uint8), 4, True)
+                assert form['sixteenths'] == (sixteenths and count == 2)
+                told = data.make_plan(form)[0, 4]
+                assert told == (number + form['sixteenths'] if number else 0)
 
 
 def test_data_form_of_notes_that_fall_on_one_step():
@@ -1002,7 +1016,7 @@ def test_data_form_tells_where_bar_lines_are(metre, pickup, beat, lines):
 def test_data_form_of_what_has_no_melody():
     song = data.Song('', np.zeros((0, 3)), metre='5/4', pickup=0.0)
     form = data.find_form(song, np.zeros((6, 177), dtype=np.uint8), 1, True)
-    assert form == dict(metre='5/4', bar=5, pickup=0, parts=[(0, 6)], homes=[])
+    assert form == dict(metre='5/4', sixteenths=False, bar=5, pickup=0, parts=[(0, 6)], homes=[])
     assert data.make_plan(form)[:, 3:].tolist() == [[bar, 0, 0] for bar in (5, 4, 3, 2, 1, 5, 0)]
 
 
@@ -2183,7 +2197,7 @@ def model_plan(*shape):
     """Random plans (.., 6) of forms that reach back 5 beats."""
     make = torch.Generator().manual_seed(5)
     return torch.stack([torch.randint(low, high, shape, generator=make)
-                        for low, high in ((1, 7), (0, 30), (0, 30), (0, 30), (0, 6), (0, 13))], dim=-1)
+                        for low, high in ((1, 7), (0, 30), (0, 30), (0, 30), (0, 11), (0, 13))], dim=-1)
 
 
 def test_model_is_told_the_form_of_a_tune():
@@ -2194,7 +2208,7 @@ def test_model_is_told_the_form_of_a_tune():
         untold, _ = model(frames)
         assert torch.equal(model(frames, None, 0 * plan)[0], untold)
         told, _ = model(frames, None, plan)
-        for column, other in enumerate((0, 31, 31, 31, 5 - plan[:, 12, 4], 12 - plan[:, 12, 5])):
+        for column, other in enumerate((0, 31, 31, 31, (plan[:, 12, 4] + 1) % 11, 12 - plan[:, 12, 5])):
             changed = plan.clone()
             changed[:, 12, column] = other
             same = (model(frames, None, changed)[0] - told).abs().amax((0, 2)) < 1e-9
@@ -2225,8 +2239,19 @@ def test_model_composes_on_a_form():
 
 
 @pytest.mark.parametrize('arch', models.ARCHITECTURES)
-def test_model_goes_on_in_the_rows_that_are_chosen(arch):
-    model = model_random(arch, 'bernoulli', torch.float32, form=5, window=6)
+def test_model_takes_rows_of_a_state(arch):
+    model = model_random(arch, window=6)
+    frames = model_frames('chord', 3, 20, 7)
+    rows = torch.tensor([2, 0, 2, 1])
+    with torch.no_grad():
+        whole, _ = model(frames)
+        _, state = model(frames[:, :9])
+        out, _ = model(frames[rows, 9:], models.take_rows(state, rows))
+    assert torch.allclose(out, whole[rows, 9:], atol=1e-9)
+
+
+def test_model_goes_on_in_the_rows_that_are_chosen():
+    model = model_random('transformer', 'bernoulli', torch.float32, form=5, window=6)
     prompts = model_frames('bernoulli', 3, 5, 7)
     plan = model_plan(3, 5 + 12)
     a, b, c = model.compose(prompts, 12, top_p=1e-6, at_least=12, plan=plan)
@@ -3496,7 +3521,7 @@ def test_compare_longest_copy():
 def compare_form(*parts):
     """A form of parts (back, frames), the last of which comes home to C."""
     length = sum(frames for _, frames in parts)
-    return dict(metre='3/4', bar=6, pickup=2, parts=list(parts), homes=[(length - 3, 3, 1)])
+    return dict(metre='3/4', sixteenths=False, bar=6, pickup=2, parts=list(parts), homes=[(length - 3, 3, 1)])
 
 
 def compare_model(folder, arch, representation, forms=()):
@@ -3544,7 +3569,8 @@ def test_compare_best_are_as_a_whole_like_the_songs():
 
 
 @pytest.mark.parametrize('asked, representation, taken', [
-    (None, data.PianoRoll(2), 1), (None, data.AbcText(), 0.98), (0.5, data.AbcText(), 0.5)])
+    (None, data.PianoRoll(2), 0.99), (None, data.Events(), 1), (None, data.AbcText(), 0.98),
+    (0.5, data.AbcText(), 0.5)])
 def test_compare_composing_has_the_nucleus_of_the_representation(monkeypatch, asked, representation, taken):
     def record(self, prompt, length, temperature, top_p, generator, at_least, plan, go_on):
         plans.append(plan)
@@ -3609,9 +3635,14 @@ def test_compare_draws_forms_of_fitting_length():
 def test_compare_takes_come_home(monkeypatch):
     monkeypatch.setattr(compare, 'TAKES', 4)
     roll = data.PianoRoll()
-    # to C, and within 16 beats to A; the first tune never does
-    takes = compare.Takes(roll, [dict(homes=[]), dict(homes=[(150, 4, 1), (180, 4, 10)])])
-    no_end = torch.zeros(5, dtype=torch.bool)
+    forms = [compare_form((0, 300)) | dict(homes=[]), compare_form((0, 250)) | dict(homes=[(150, 4, 1), (180, 4, 10)])]
+    takes = compare.Takes(roll, forms)
+    # to C and to A; in between, and where the first tune never comes home, after 64 frames
+    assert takes.choices == [{64: 0, 128: 0, 192: 0, 299: 0}, {64: 0, 153: 1, 183: 10, 249: 0}]
+    assert takes(torch.zeros(2, 1, 177), torch.zeros(2) > 0).tolist() == 4 * [0] + 4 * [1]
+    takes = compare.Takes(roll, forms[1:])
+    no_end = torch.zeros(4, dtype=torch.bool)
+    assert takes(torch.zeros(1, 1, 177), no_end[:1]).tolist() == 4 * [0]
 
     def heard(length, *melodies):
         """So many frames that end with these melodies."""
@@ -3620,22 +3651,23 @@ def test_compare_takes_come_home(monkeypatch):
             row[-4 * len(keys):] = roll.encode(Song('', compare_line(keys)))
         return torch.from_numpy(rows)
 
-    assert takes(torch.zeros(2, 86, 177), no_end[:2]) is None
-    assert takes(torch.zeros(2, 87, 177), no_end[:2]).tolist() == [0, 1, 1, 1, 1]
-    assert takes(torch.zeros(5, 153, 177), no_end) is None
+    assert takes(torch.zeros(4, 153, 177), no_end) is None
     before = np.random.default_rng(0).integers(40, 50, 30).tolist()
-    # the fourth row is the first that ends on a C, 51 or 39, and goes on
-    frames = heard(154, before, before + [50], before + [51], before + [39], before + [51])
-    ended = torch.tensor([False, False, True, False, False])
-    assert takes(frames, ended).tolist() == [0, 3, 3, 3, 3]
+    # the third row is the first that ends on a C, 51 or 39, and goes on
+    frames = heard(154, before + [50], before + [51], before + [39], before + [51])
+    ended = torch.tensor([False, True, False, False])
+    assert takes(frames, ended).tolist() == 4 * [2]
     # none ends on A; one does not go in circles
-    frames = heard(184, before, 16 * [40, 43], 16 * [40, 43], before, 8 * [40, 43, 45, 47])
-    assert takes.one_of_each('abcde') == ['a', 'b'] and takes(frames, no_end).tolist() == [0, 3]
-    assert takes.one_of_each('ab') == ['a', 'b'] and takes(torch.zeros(2, 301, 177), no_end[:2]) is None
+    frames = heard(184, 16 * [40, 43], 16 * [40, 43], before, 8 * [40, 43, 45, 47])
+    assert takes(frames, no_end).tolist() == 4 * [2]
+    # where nothing comes home circles alone decide, and after the end of the form there are no more takes
+    frames = heard(250, 16 * [40, 43], before, 16 * [40, 43], before)
+    assert takes.one_of_each('abcd') == ['a'] and takes(frames, no_end).tolist() == [1]
+    assert takes.one_of_each('a') == ['a'] and takes(torch.zeros(1, 251, 177), no_end[:1]) is None
     # silence comes nowhere, and what has ended needs no takes
     assert takes.rate(torch.zeros(200, 177, dtype=torch.uint8), 1) == 0
-    takes = compare.Takes(roll, [dict(homes=[(40, 4, 1)])])
-    assert takes(torch.zeros(1, 9, 177), ~no_end[:1]) is None
+    takes = compare.Takes(roll, forms)
+    assert takes(torch.zeros(2, 9, 177), torch.tensor([True, False])).tolist() == [0] + 4 * [1]
 
 
 def test_compare_composes_in_takes(monkeypatch):
@@ -3657,9 +3689,10 @@ def test_compare_composes_in_takes(monkeypatch):
     args = SimpleNamespace(length=30, min_length=25, temperature=1, top_p=1)
     nothing = np.zeros((0, roll.V), np.uint8)
     tunes, total = compare.compose(net, roll, nothing, 2, args, torch.Generator().manual_seed(0), forms)
-    assert len(tunes) == 2 and total == 240 and heard == 3 * [68] + 3 * [94]
-    # the second tune goes on in three rows from 64 frames before frame 66 to frame 67, the first one to frame 93
-    assert counts[:120] == 3 * [2] + 24 * [4] + 41 * [6] + 26 * [4] + 26 * [2]
+    # a tune is heard when it comes home and when its form is over
+    assert len(tunes) == 2 and total == 240 and heard == 3 * [68] + 3 * [94] + 3 * [100] + 3 * [120]
+    # the prompt, and what follows in three rows for each tune, until its form is over
+    assert counts[:121] == [2] + 99 * [6] + 20 * [4] + [2]
 
 
 def test_compare_composed_tunes_are_told_their_cost_and_end(monkeypatch):
@@ -3703,7 +3736,7 @@ def test_scripts_compose_on_the_forms_that_a_checkpoint_has(tmp_path, monkeypatc
     # who asks for a metre is given forms in it
     path = scripts_untrained(tmp_path / 'm.pt', roll, forms=[forms[0], forms[0] | dict(metre='4/4')])
     scripts_run('sample', f'--ckpt={path}', '--metre=4/4', '--num_samples=9', '--best_of=1')
-    assert (plans[3][:, 0, 4] == 1 + list(notation.BARS).index('4/4')).all()
+    assert (plans[3][:, 0, 4] == 1).all()
 
 
 def test_compare_runs(tmp_path):
