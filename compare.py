@@ -209,16 +209,17 @@ def compose(model, representation, opening, count, args, generator, forms=()):
 
 
 def draw_forms(forms, count, length, at_least, generator):
-    """The forms of training songs that count tunes are told, of at_least to length frames. These forms, sorted by
-    length, are cut into count equal pieces and one is drawn from each, so that tunes are as long as songs are, the
-    shortest first. No forms where so few songs are of that length that all tunes would be alike."""
+    """The forms of training songs that count tunes are told, of at_least to length frames, the shortest first. These
+    forms, those with sixteenths after the others and else sorted by length, are cut into count equal pieces, and one is
+    drawn from each. No forms where so few songs are of that length that all tunes would be alike."""
     fitting = [form for form in forms if at_least <= data.form_length(form) <= length]
     if len(fitting) < max(1, VARIETY * len(forms)):
         return []
-    fitting.sort(key=data.form_length)
+    fitting.sort(key=lambda form: (form['sixteenths'], data.form_length(form)))
     chance = torch.rand(count, generator=generator, device=generator.device).cpu()
     places = (torch.arange(count) + chance) / count * len(fitting)
-    return [fitting[place] for place in places.long().clamp(max=len(fitting) - 1)]
+    drawn = [fitting[place] for place in places.long().clamp(max=len(fitting) - 1)]
+    return sorted(drawn, key=data.form_length)
 
 
 def make_plans(forms, length):
@@ -232,8 +233,7 @@ def make_plans(forms, length):
 
 class Takes:
     """Composes each tune in TAKES rows, as `go_on` of Model.compose. When its form comes home, and else after PHRASE
-    beats, one of them goes on in all: the first that has come home and does not go in circles, or else does one of the
-    two, or at least has not ended."""
+    beats, one of them goes on in all: the first with most points, see rate, of those that have not ended."""
 
     def __init__(self, representation, forms):
         self.representation = representation
@@ -267,14 +267,18 @@ class Takes:
         return torch.tensor(rows, device=frames.device)
 
     def rate(self, frames, home):
-        """1 if home is 0 or 1 + the pitch class of the last melody note of frames (T, V), and 1 for no circle."""
+        """A point if the last beats of frames (T, V) are no circle, one if their last melody note has the pitch class
+        home - 1, and then one more if they are in the common key, of which it is the tonic."""
         recent = frames[-2 * PHRASE * self.representation.beat:].cpu().numpy()
         notes = self.representation.decode(recent)
         if not len(notes):
             return 0
+        points = 1 - circles(data.frame_names(data.PianoRoll(GRID).encode(Song('', notes))))
         key, _, _ = notes[notation.is_melody(notes)][-1]
-        steps = data.frame_names(data.PianoRoll(GRID).encode(Song('', notes)))
-        return int(home in (0, 1 + (key + notation.LOWEST) % 12)) + 1 - circles(steps)
+        if home == 1 + (key + notation.LOWEST) % 12:
+            sharps, _ = notation.estimate_key(notes)
+            points += 1 + (sharps == 0)
+        return points
 
     def one_of_each(self, composed):
         """Of what was composed each tune once."""

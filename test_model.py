@@ -3617,6 +3617,9 @@ def test_compare_draws_forms_of_fitting_length():
     make = torch.Generator().manual_seed(0)
     # from short to long, each for as many tunes
     assert compare.draw_forms(forms, 60, 70, 21, make) == 30 * [forms[3]] + 30 * [forms[2]]
+    # those with sixteenths have their share, whatever their length
+    sixteenths = [forms[0] | dict(sixteenths=True), *forms[1:2], forms[1] | dict(sixteenths=True), forms[1]]
+    assert compare.draw_forms(sixteenths, 4, 77, 1, make) == [sixteenths[0], forms[1], forms[1], sixteenths[2]]
     assert compare.draw_forms(forms, 5, 76, 52, make) == 5 * [forms[2]]
     alone = {data.form_length(*compare.draw_forms(forms, 1, 77, 1, make)) for _ in range(40)}
     assert alone == {20, 50, 60, 77}
@@ -3657,6 +3660,12 @@ def test_compare_takes_come_home(monkeypatch):
     frames = heard(154, before + [50], before + [51], before + [39], before + [51])
     ended = torch.tensor([False, True, False, False])
     assert takes(frames, ended).tolist() == 4 * [2]
+    # a C at the end of C sharp major is not the tonic
+    scale = [39, 41, 43, 44, 46, 48, 50]
+    rng = np.random.default_rng(1)
+    major = [*rng.permutation(scale), *rng.permutation(scale), *rng.permutation(scale), 39, 43, 46]
+    sharp = [key + 1 for key in major]
+    assert [takes.rate(row, 1) for row in heard(154, major + [51], sharp + [51], sharp + [52])] == [3, 2, 1]
     # none ends on A; one does not go in circles
     frames = heard(184, 16 * [40, 43], 16 * [40, 43], before, 8 * [40, 43, 45, 47])
     assert takes(frames, no_end).tolist() == 4 * [2]
