@@ -37,7 +37,7 @@ PHRASE = 16             # ... and else after so many beats
 COMPOSING = (           # the options of sample.py, too
     ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
     ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune'),
-    ('temperature', 0.95, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer'),
+    ('temperature', 1.0, number(float, 0.001, 100), 'above 1 is bolder, below 1 safer'),
     ('top_p', None, number(float, 0.01, 1),
      'nucleus: choose among the likeliest that hold so much probability (default: 0.99, for ABC text 0.98, for events '
      '1, which is all)'))
