@@ -1,9 +1,9 @@
 """Compare models by their losses and by their music:  python compare.py out/rwkv.pt out/lstm.pt
 
-Each model composes tunes, told the forms of training songs if it can be. How far they are from real ones is measured
-feature by feature: the Kolmogorov-Smirnov distance between these tunes and the test songs (after Yang and Lerch, Neural
-Computing and Applications 32, 2020). The training songs stand beside: what they get is as good as real.
-Writes out/compare.csv and out/compare.svg.
+Each model composes tunes, told the forms of training songs and in several takes if it can be. How far they are from
+real ones is measured feature by feature: the Kolmogorov-Smirnov distance between these tunes and the test songs (after
+Yang and Lerch, Neural Computing and Applications 32, 2020). The training songs stand beside: what they get is as good
+as real. Writes out/compare.csv and out/compare.svg.
 """
 
 import itertools
@@ -188,8 +188,9 @@ def compose(model, representation, opening, count, args, generator, forms=()):
         prompts = prompt.expand(min(SIDE_BY_SIDE, count - begin), -1, -1)
         plans = takes = None
         if drawn:
-            takes = Takes(representation, drawn[begin:begin + SIDE_BY_SIDE])
-            plans = make_plans(takes.forms, length).to(device)
+            told = drawn[begin:begin + SIDE_BY_SIDE]
+            takes = Takes(representation, told)
+            plans = make_plans(told, length).to(device)
         composed = model.compose(prompts, length, args.temperature, top_p, generator, at_least, plans, takes)
         if takes:
             composed = takes.one_of_each(composed)
@@ -237,7 +238,6 @@ class Takes:
 
     def __init__(self, representation, forms):
         self.representation = representation
-        self.forms = forms
         self.tune_of_row = np.arange(len(forms))
         self.choices = [self.when_to_choose(form) for form in forms]
 
