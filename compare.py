@@ -32,8 +32,9 @@ VARIETY = 0.1           # share of the forms of training songs that have to fit 
 NEAR = 0.3              # how much it weighs that a tune is near to a song, beside variety
 SIDE_BY_SIDE = 32       # tunes composed at once: more are no faster, and take memory
 MOST = 20_000           # tunes composed in all
-TAKES = 8               # rows that a tune is composed in; one of them is chosen when it comes home ...
-PHRASE = 16             # ... and else after so many beats
+PHRASE = 16             # beats that are composed in several takes, before one of them is chosen
+TAKES = 8               # how many takes, if the tune is to come home at the end of these beats ...
+SPARE = 2               # ... and else, lest it goes in circles
 COMPOSING = (           # the options of sample.py, too
     ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
     ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune'),
@@ -233,8 +234,8 @@ def make_plans(forms, length):
 
 
 class Takes:
-    """Composes each tune in TAKES rows, as `go_on` of Model.compose. When its form comes home, and else after PHRASE
-    beats, one of them goes on in all: the first with most points, see rate, of those that have not ended."""
+    """Composes each tune in several rows, as `go_on` of Model.compose: TAKES in the PHRASE beats before its form comes
+    home, else SPARE. When they are over, one row goes on: the first with most points, see rate, that has not ended."""
 
     def __init__(self, representation, forms):
         self.representation = representation
@@ -242,24 +243,25 @@ class Takes:
         self.choices = [self.when_to_choose(form) for form in forms]
 
     def when_to_choose(self, form):
-        """{the last frame before a choice: the tonic that has to be there, as in a plan, or 0}"""
+        """[(the last frame before a choice, the tonic that has to be there, as in a plan, or 0), ..]"""
         phrase = PHRASE * self.representation.beat
         homes = {first + length - 1: home for first, length, home in form['homes']}
         choices = {data.form_length(form) - 1: 0} | homes
         for before, frame in itertools.pairwise([0, *sorted(choices)]):
-            choices |= dict.fromkeys(range(before + phrase, frame - phrase + 1, phrase), 0)
-        return choices
+            choices |= dict.fromkeys(range(frame - phrase, before, -phrase), 0)
+        return sorted(choices.items())
 
     def __call__(self, frames, ended):
-        t = frames.shape[1] - 1                 # the last frame so far
         rows = []
         for tune, choices in enumerate(self.choices):
             takes = np.flatnonzero(self.tune_of_row == tune)
-            if t in choices:
-                worth = [-1 if ended[take] else self.rate(frames[take], choices[t]) for take in takes]
+            if choices and choices[0][0] == frames.shape[1] - 1:
+                _, home = choices.pop(0)
+                worth = [-1 if ended[take] else self.rate(frames[take], home) for take in takes]
                 takes = takes[[np.argmax(worth)]]
-            if len(takes) == 1 and t < max(choices) and not ended[takes[0]]:
-                takes = takes.repeat(TAKES)
+            if len(takes) == 1 and choices and not ended[takes[0]]:
+                _, home = choices[0]
+                takes = takes.repeat(TAKES if home else SPARE)
             rows += takes.tolist()
         if rows == list(range(len(frames))):
             return None
@@ -268,16 +270,19 @@ class Takes:
 
     def rate(self, frames, home):
         """A point if the last beats of frames (T, V) are no circle, one if their last melody note has the pitch class
-        home - 1, and then one more if they are in the common key, of which it is the tonic."""
+        home - 1, and then one if they are in the common key, of which it is the tonic, and one for its triad below."""
         recent = frames[-2 * PHRASE * self.representation.beat:].cpu().numpy()
         notes = self.representation.decode(recent)
         if not len(notes):
             return 0
         points = 1 - circles(data.frame_names(data.PianoRoll(GRID).encode(Song('', notes))))
-        key, _, _ = notes[notation.is_melody(notes)][-1]
+        melody = notation.is_melody(notes)
+        key, onset, _ = notes[melody][-1]
         if home == 1 + (key + notation.LOWEST) % 12:
             sharps, _ = notation.estimate_key(notes)
-            points += 1 + (sharps == 0)
+            sounding = notes[~melody & (notes[:, 1] <= onset) & (onset < notes[:, 2])]
+            chord = set((sounding[:, 0] - key) % 12)
+            points += 1 + (sharps == 0) + ({0, 7} <= chord <= {0, 3, 4, 7})
         return points
 
     def one_of_each(self, composed):

@@ -477,12 +477,14 @@ class Lookback(nn.Module):
 def choose(logits, temperature, top_p, generator):
     """Draws one of the last dimension: logits (B, N) -> (B,). top_p < 1: among the likeliest that together have so much
     probability (nucleus sampling, Holtzman et al. 2020)."""
-    p = torch.softmax(logits / temperature, dim=-1)
-    if top_p < 1:
-        q, order = p.sort(dim=-1, descending=True)
-        q[q.cumsum(-1) - q >= top_p] = 0
-        p = torch.zeros_like(p).scatter(-1, order, q)
-    return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+    p, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    total = p.cumsum(-1)
+    # the nucleus ends with the first that brings the total to top_p
+    nucleus = total.where(total - p < top_p, 0).amax(-1, keepdim=True)
+    # a random point below that lies in the share of one of them
+    point = nucleus * torch.rand(nucleus.shape, generator=generator, device=logits.device)
+    rank = (total <= point).sum(-1, keepdim=True)
+    return order.gather(-1, rank).squeeze(-1)
 
 
 class LinearHead(nn.Module):
@@ -655,12 +657,13 @@ class Model(nn.Module):
         """time and age (B, T) at each frame of frames (B, T, V)."""
         boundary = frames[..., -1] > 0
         passed = torch.arange(1, frames.shape[1] + 1, device=frames.device)
-        age = count_since(boundary, passed, state.age)
+        age = time = count_since(boundary, passed, state.age)
         if self.config.shift:
             shifts = frames[..., self.config.shift:-1]
             steps = torch.arange(1, shifts.shape[-1] + 1, device=frames.device)
             passed = (shifts * steps).sum(-1).cumsum(1)
-        return count_since(boundary, passed, state.time), age
+            time = count_since(boundary, passed, state.time)
+        return time, age
 
     def forward(self, frames, state=None, plan=None):
         """frames (B, T, V) binary, T >= 1, and the State before them (None: the first frame is a boundary, where a tune

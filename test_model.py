@@ -3640,12 +3640,16 @@ def test_compare_takes_come_home(monkeypatch):
     roll = data.PianoRoll()
     forms = [compare_form((0, 300)) | dict(homes=[]), compare_form((0, 250)) | dict(homes=[(150, 4, 1), (180, 4, 10)])]
     takes = compare.Takes(roll, forms)
-    # to C and to A; in between, and where the first tune never comes home, after 64 frames
-    assert takes.choices == [{64: 0, 128: 0, 192: 0, 299: 0}, {64: 0, 153: 1, 183: 10, 249: 0}]
-    assert takes(torch.zeros(2, 1, 177), torch.zeros(2) > 0).tolist() == 4 * [0] + 4 * [1]
+    # to C and to A; 64 frames before, and so on
+    assert takes.choices == [[(43, 0), (107, 0), (171, 0), (235, 0), (299, 0)],
+                             [(25, 0), (89, 0), (153, 1), (183, 10), (185, 0), (249, 0)]]
+    # a spare row each, as long as no home is near
+    assert takes(torch.zeros(2, 1, 177), torch.zeros(2) > 0).tolist() == [0, 0, 1, 1]
     takes = compare.Takes(roll, forms[1:])
     no_end = torch.zeros(4, dtype=torch.bool)
-    assert takes(torch.zeros(1, 1, 177), no_end[:1]).tolist() == 4 * [0]
+    assert takes(torch.zeros(1, 1, 177), no_end[:1]).tolist() == [0, 0]
+    assert takes(torch.zeros(2, 26, 177), no_end[:2]).tolist() == [0, 0]
+    assert takes(torch.zeros(2, 90, 177), no_end[:2]).tolist() == 4 * [0]
 
     def heard(length, *melodies):
         """So many frames that end with these melodies."""
@@ -3666,17 +3670,29 @@ def test_compare_takes_come_home(monkeypatch):
     major = [*rng.permutation(scale), *rng.permutation(scale), *rng.permutation(scale), 39, 43, 46]
     sharp = [key + 1 for key in major]
     assert [takes.rate(row, 1) for row in heard(154, major + [51], sharp + [51], sharp + [52])] == [3, 2, 1]
+    # the triad of the tonic, major or minor, with one of its notes left out or not, struck with it or before
+    for chord, points in (([27, 31, 34], 4), ([27, 30, 34], 4), ([27, 34], 4), ([27, 31], 3), ([24, 27, 31], 3),
+                          ([27, 31, 34, 37], 3)):
+        for beats in (1, 3):
+            frames, = heard(154, major + [51])
+            frames[-4 * beats, chord] = 1
+            frames[1 - 4 * beats:, [88 + key for key in chord]] = 1
+            assert takes.rate(frames, 1) == points
+            # one that is over before is none
+            frames[-6:, [88 + key for key in chord]] *= beats == 1
+            assert takes.rate(frames, 1) == (points if beats == 1 else 3)
     # none ends on A; one does not go in circles
     frames = heard(184, 16 * [40, 43], 16 * [40, 43], before, 8 * [40, 43, 45, 47])
-    assert takes(frames, no_end).tolist() == 4 * [2]
+    assert takes(frames, no_end).tolist() == [2, 2]
     # where nothing comes home circles alone decide, and after the end of the form there are no more takes
-    frames = heard(250, 16 * [40, 43], before, 16 * [40, 43], before)
-    assert takes.one_of_each('abcd') == ['a'] and takes(frames, no_end).tolist() == [1]
+    assert takes(torch.zeros(2, 186, 177), no_end[:2]).tolist() == [0, 0]
+    frames = heard(250, 16 * [40, 43], before)
+    assert takes.one_of_each('ab') == ['a'] and takes(frames, no_end[:2]).tolist() == [1]
     assert takes.one_of_each('a') == ['a'] and takes(torch.zeros(1, 251, 177), no_end[:1]) is None
     # silence comes nowhere, and what has ended needs no takes
     assert takes.rate(torch.zeros(200, 177, dtype=torch.uint8), 1) == 0
     takes = compare.Takes(roll, forms)
-    assert takes(torch.zeros(2, 9, 177), torch.tensor([True, False])).tolist() == [0] + 4 * [1]
+    assert takes(torch.zeros(2, 9, 177), torch.tensor([True, False])).tolist() == [0, 1, 1]
 
 
 def test_compare_composes_in_takes(monkeypatch):
@@ -3698,10 +3714,11 @@ def test_compare_composes_in_takes(monkeypatch):
     args = SimpleNamespace(length=30, min_length=25, temperature=1, top_p=1)
     nothing = np.zeros((0, roll.V), np.uint8)
     tunes, total = compare.compose(net, roll, nothing, 2, args, torch.Generator().manual_seed(0), forms)
-    # a tune is heard when it comes home and when its form is over
-    assert len(tunes) == 2 and total == 240 and heard == 3 * [68] + 3 * [94] + 3 * [100] + 3 * [120]
-    # the prompt, and what follows in three rows for each tune, until its form is over
-    assert counts[:121] == [2] + 99 * [6] + 20 * [4] + [2]
+    # a tune is heard when it comes home, 64 frames before, and when its form is over
+    assert len(tunes) == 2 and total == 240
+    assert heard == [4, 4, 30, 30, 68, 68, 68, 94, 94, 94, 100, 100, 120, 120]
+    # the prompt, and what follows in two rows for each tune, in three before it comes home, until its form is over
+    assert counts[:121] == [2] + 3 * [4] + 26 * [5] + 38 * [6] + 26 * [5] + 6 * [4] + 20 * [3] + [2]
 
 
 def test_compare_composed_tunes_are_told_their_cost_and_end(monkeypatch):
