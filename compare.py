@@ -197,15 +197,16 @@ def compose(model, representation, opening, count, args, generator, forms=()):
             composed = takes.one_of_each(composed)
         for frames in composed:
             total += len(frames)
+            ended = len(frames) < length
             try:
-                song = representation.to_song(np.concatenate((opening, frames.cpu().numpy())))
+                song = representation.to_song(np.concatenate((opening, frames.cpu().numpy())), ended)
             except UserError:
                 continue
             if len(frames) and len(song.notes):
                 # the model's own opinion of it, from the first frame after the opening
                 whole = torch.cat((prompt, frames))
                 nats = model.nats(whole.unsqueeze(0))[0, len(prompt) - 1:]
-                tunes.append(Tune(song, nats.double().mean().item(), len(frames) < length))
+                tunes.append(Tune(song, nats.double().mean().item(), ended))
     random.Random(0).shuffle(tunes)             # they came from short to long
     return tunes, total
 

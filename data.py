@@ -79,10 +79,12 @@ def moved(song, semitones):
 
 
 class Representation:
-    """What the three have in common. Each has V, encode, decode, steps, and `settings` to build it; heads that fit, the
+    """What the three have in common. Each has V, encode, decode, and `settings` to build it; heads that fit, the
     default first; beat and shift for the model's clock (see Config); steps_per_beat, and about as many frames_per_beat
     as a tune has."""
     planes = 0          # of 88 keys each, with which the units begin; a text has none, and stays in its key
+    shift = 0           # the first of the units that move time; 0: each frame does, by a step
+    heads = ('softmax',)
     top_p = 1.0         # in composing, unless a person asks for another
     left_out = 0        # notes of all songs so far for which there is no place in the frames
 
@@ -90,8 +92,12 @@ class Representation:
         """The frame between tunes, (1, V) uint8."""
         return np.eye(1, self.V, self.V - 1, dtype=np.uint8)
 
-    def to_song(self, frames):
-        """Frames (T, V) to a Song. Raises UserError if they are no music."""
+    def steps(self, frames):
+        """How many steps of time frames (T, V) take, for the clock."""
+        return len(frames)
+
+    def to_song(self, frames, ended=True):
+        """Frames (T, V) of a tune, with its end or without, to a Song. Raises UserError if they are no music."""
         return Song('', self.decode(frames))
 
     def opening(self, path, beats, common_key):
@@ -124,6 +130,7 @@ class Representation:
 class PianoRoll(Representation):
     """A frame is a step of time and says of each key whether it is struck in it (units 0..87) or still held from
     before (88..175). With onsets=False there is one plane, on wherever a key sounds; repeated notes melt together."""
+    heads = ('chord', 'bernoulli')
     top_p = 0.99        # one unlikely key is heard
 
     def __init__(self, steps_per_beat=4, onsets=True):
@@ -132,10 +139,8 @@ class PianoRoll(Representation):
         self.onsets = onsets
         self.planes = 1 + onsets
         self.V = self.planes * KEYS + 1
-        self.beat = steps_per_beat              # for the model's clock: steps in a beat ...
-        self.shift = 0                          # ... and each frame is a step
+        self.beat = steps_per_beat
         self.frames_per_beat = steps_per_beat
-        self.heads = ('chord', 'bernoulli')
 
     def encode(self, song):
         """A Song to frames (T, V) uint8, from beat 0 to the end of the last note. Raises UserError above MAX_FRAMES."""
@@ -163,10 +168,6 @@ class PianoRoll(Representation):
         notes = np.stack((key, onset / self.steps_per_beat, end / self.steps_per_beat), axis=1)
         return notes[np.lexsort((key, onset))]
 
-    def steps(self, frames):
-        """How many steps of time frames (T, V) take."""
-        return len(frames)
-
 
 class Events(Representation):
     """A frame is one event: a note on (units 0..87), a note off (88..175), or a time shift of 1, 2, .. steps, eight
@@ -182,7 +183,6 @@ class Events(Representation):
         self.beat = steps_per_beat
         self.shift = 2 * KEYS                   # the unit of a shift by one step is the first of them
         self.frames_per_beat = 7                # folk tunes have 2.2 notes a beat, and often a shift between
-        self.heads = ('softmax',)
 
     def encode(self, song):
         """A Song to frames (T, V) uint8. Raises UserError above MAX_FRAMES steps."""
@@ -230,15 +230,11 @@ class AbcText(Representation):
     text, M, L, P, V, K and the music; one from MIDI is written down first."""
     top_p = 0.98        # one unlikely character can make a text unreadable
     CHARACTERS = '\n' + ''.join(map(chr, range(32, 127)))
-
-    def __init__(self):
-        self.settings = dict(name='abc')
-        self.steps_per_beat = 12                # where a grid is needed: the one on which ABC's triplets stand, too
-        self.V = len(self.CHARACTERS) + 1
-        self.beat = 0                           # there is no clock: time is not in the order of the characters
-        self.shift = 0
-        self.frames_per_beat = 4
-        self.heads = ('softmax',)
+    settings = dict(name='abc')
+    steps_per_beat = 12     # where a grid is needed: the one on which ABC's triplets stand, too
+    V = len(CHARACTERS) + 1
+    beat = 0                # there is no clock: time is not in the order of the characters
+    frames_per_beat = 4
 
     def encode(self, song):
         """A Song to frames (T, V) uint8. Raises UserError above MAX_FRAMES characters."""
@@ -259,10 +255,13 @@ class AbcText(Representation):
         """Frames (T, V) to text."""
         return ''.join(self.CHARACTERS[unit] for unit in np.asarray(frames)[:, :-1].argmax(1))
 
-    def to_song(self, frames):
-        """Frames (T, V) to a Song; raises UserError if they are not valid ABC."""
+    def to_song(self, frames, ended=True):
+        """Frames (T, V) to a Song, without its end up to the last bar line; raises UserError for what is no valid ABC."""
+        text = self.text(frames)
+        if not ended:
+            text = text[:text.rfind('|') + 1]
         skipped = []
-        songs = read_abc(f'X:1\n{self.text(frames)}\n'.encode(), 'the composed text', skipped)
+        songs = read_abc(f'X:1\n{text}\n'.encode(), 'the composed text', skipped)
         if not songs:
             raise UserError(skipped[0])
         return songs[0]
@@ -281,10 +280,6 @@ class AbcText(Representation):
         # it goes on, so it has no end; but a repeat has
         text = re.sub(':$', ':|', self.text(frames).rstrip('|]\n '))
         return song, self.encode_text(text), semitones
-
-    def steps(self, frames):
-        """Not known before the text is read; the clock is off."""
-        return 0
 
 
 REPRESENTATIONS = dict(piano_roll=PianoRoll, events=Events, abc=AbcText)

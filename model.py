@@ -63,7 +63,8 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        keep = torch.rand(x.shape[0], 1, x.shape[2], device=x.device) >= self.p
+        B, _, C = x.shape
+        keep = torch.rand(B, 1, C, device=x.device) >= self.p
         return x * (keep / (1 - self.p)).to(x.dtype)
 
 
@@ -689,7 +690,7 @@ class Model(nn.Module):
         for block, block_state in zip(self.blocks, state.blocks):
             x, block_state = block(x, block_state)
             blocks.append(block_state)
-        state = State(time[:, -1], age[:, -1], state.past, state.names, state.run, tuple(blocks))
+        state = state._replace(time=time[:, -1], age=age[:, -1], blocks=tuple(blocks))
         if self.look:
             x = x + self.look(x, run, age, seen)
             W = self.look.W
@@ -709,9 +710,11 @@ class Model(nn.Module):
         of a tune, and in pieces, so that long songs need no more memory."""
         nats = []
         state = None
-        for piece, after in zip(frames[:, :-1].split(512, dim=1), frames[:, 1:].split(512, dim=1)):
+        pieces = frames[:, :-1].split(512, dim=1)
+        targets = frames[:, 1:].split(512, dim=1)
+        for piece, target in zip(pieces, targets):
             out, state = self(piece, state)
-            nats.append(self.head.nll(out, after))
+            nats.append(self.head.nll(out, target))
         return torch.cat(nats, dim=1)
 
     @torch.inference_mode()
@@ -775,7 +778,8 @@ VERSION = 7         # of the layout of a checkpoint
 def save_checkpoint(path, model, **more):
     """Writes a model and what more there is to say, numbers and text, whole or not at all. Raises UserError."""
     buffer = io.BytesIO()
-    torch.save(dict(version=VERSION, config=asdict(model.config), model=model.state_dict(), **more), buffer)
+    checkpoint = dict(version=VERSION, config=asdict(model.config), model=model.state_dict(), **more)
+    torch.save(checkpoint, buffer)
     write_whole(path, buffer.getbuffer())
 
 

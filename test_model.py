@@ -811,6 +811,11 @@ def test_data_abc_text():
     for text in ('', 'K:C\n', 'K:Z\nC', 'L:1/8\nK:C\n[CE'):
         with pytest.raises(data.UserError):
             abc.to_song(abc.encode_text(text))
+    # what is cut off is read up to its last bar line
+    frames = abc.encode_text('L:1/4\nK:C\nCDEF|GABc|"A')
+    with pytest.raises(data.UserError):
+        abc.to_song(frames)
+    assert abc.to_song(frames, ended=False).notes[:, 0].tolist() == [39, 41, 43, 44, 46, 48, 50, 51]
 
 
 def test_data_openings(tmp_path):
@@ -3733,6 +3738,16 @@ def test_compare_composed_tunes_are_told_their_cost_and_end(monkeypatch):
     assert count == 6 + 5 and (whole.ended, shorter.ended) == (False, True)
     assert (whole.nats, shorter.nats) == pytest.approx((nats[2:].mean().item(), nats[2:7].mean().item()))
     assert np.array_equal(whole.song.notes, roll.decode(frames))
+
+
+def test_compare_reads_a_text_that_is_cut_off(monkeypatch):
+    abc = data.AbcText()
+    frames = torch.from_numpy(abc.encode_text('K:C\nCDEF|GABc|"A'))
+    monkeypatch.setattr(Model, 'compose', lambda *_, **__: [frames, frames[:-1]])
+    net = Model(Config(abc.V, head='softmax', n_layer=1, n_embd=8)).eval()
+    args = SimpleNamespace(length=len(frames) / abc.frames_per_beat, min_length=1, temperature=1, top_p=1)
+    (tune,), _ = compare.compose(net, abc, np.zeros((0, abc.V), np.uint8), 2, args, None)
+    assert not tune.ended and len(tune.song.notes) == 8
 
 
 def compare_run(*words, **more):
