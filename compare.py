@@ -198,8 +198,9 @@ def compose(model, representation, opening, count, args, generator, forms=()):
         for frames in composed:
             total += len(frames)
             ended = len(frames) < length
+            heard = np.concatenate((opening, frames.cpu().numpy()))
             try:
-                song = representation.to_song(np.concatenate((opening, frames.cpu().numpy())), ended)
+                song = representation.to_song(heard, ended)
             except UserError:
                 continue
             if len(frames) and len(song.notes):
@@ -281,9 +282,12 @@ class Takes:
         key, onset, _ = notes[melody][-1]
         if home == 1 + (key + notation.LOWEST) % 12:
             sharps, _ = notation.estimate_key(notes)
-            sounding = notes[~melody & (notes[:, 1] <= onset) & (onset < notes[:, 2])]
+            below = notes[~melody]
+            sounding = below[(below[:, 1] <= onset) & (onset < below[:, 2])]
             chord = set((sounding[:, 0] - key) % 12)
-            points += 1 + (sharps == 0) + ({0, 7} <= chord <= {0, 3, 4, 7})
+            points += 1
+            points += sharps == 0
+            points += {0, 7} <= chord <= {0, 3, 4, 7}
         return points
 
     def one_of_each(self, composed):

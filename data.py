@@ -256,7 +256,7 @@ class AbcText(Representation):
         return ''.join(self.CHARACTERS[unit] for unit in np.asarray(frames)[:, :-1].argmax(1))
 
     def to_song(self, frames, ended=True):
-        """Frames (T, V) to a Song, without its end up to the last bar line; raises UserError for what is no valid ABC."""
+        """Frames (T, V) to a Song, without the end as far as the last bar line; raises UserError for invalid ABC."""
         text = self.text(frames)
         if not ended:
             text = text[:text.rfind('|') + 1]
