@@ -68,9 +68,8 @@ def features(notes, ended):
     share = count / len(degrees)
     leaps = np.abs(np.diff(melody[:, 0]))
     onsets = np.unique(notes[:, 1])
-    roll = data.PianoRoll(GRID)
-    steps = data.frame_names(roll.encode(Song('', notes)))
-    below = roll.encode(Song('', chords)).any(1)
+    steps = step_names(notes)
+    below = data.PianoRoll(GRID).encode(Song('', chords)).any(1)
     beats = notes[:, 2].max()
     bar, pickup = notation.estimate_metre(notes)
     after_bar_line = (beats - pickup + 0.01) % bar
@@ -102,6 +101,11 @@ def features(notes, ended):
     }
 
 
+def step_names(notes):
+    """A number for what is struck and held in each step, (S,)."""
+    return data.frame_names(data.PianoRoll(GRID).encode(Song('', notes)))
+
+
 def copied(notes, book):
     """Beats of the longest stretch of a tune that stands in the book, too: data.copy_book of training songs."""
     return data.longest_copy(data.intervals(notes, GRID), book) / GRID
@@ -117,11 +121,15 @@ def mean(values):
     return np.mean(values) if len(values) else math.nan
 
 
+def sounds_at(time, notes):
+    """Which of the notes (N, 3) sound at a time, (N,), or at each of the times (T, 1), (T, N)."""
+    return (notes[:, 1] <= time) & (time < notes[:, 2])
+
+
 def on_chord(melody, chords):
     """Share of the melody notes over a chord that belong to it."""
     # tables of melody notes (rows) and notes of chords (columns)
-    at = melody[:, 1:2]
-    sounding = (chords[:, 1] <= at) & (at < chords[:, 2])
+    sounding = sounds_at(melody[:, 1:2], chords)
     same = (melody[:, :1] - chords[:, 0]) % 12 == 0
     over_a_chord = sounding.any(1)
     fits = (sounding & same).any(1)
@@ -235,6 +243,12 @@ def make_plans(forms, length):
     return plans
 
 
+class Choice(NamedTuple):
+    """Where one of several takes goes on."""
+    frame: int              # the last one before it
+    home: int               # 1 + the pitch class of the tonic that has to be there, as in a plan, or 0
+
+
 class Takes:
     """Composes each tune in several rows, as `go_on` of Model.compose: TAKES in the PHRASE beats before its form comes
     home, else SPARE. When they are over, one row goes on: the first with most points, see rate, that has not ended."""
@@ -245,25 +259,25 @@ class Takes:
         self.choices = [self.when_to_choose(form) for form in forms]
 
     def when_to_choose(self, form):
-        """[(the last frame before a choice, the tonic that has to be there, as in a plan, or 0), ..]"""
+        """The Choices for a tune of this form, in order of time."""
         phrase = PHRASE * self.representation.beat
         homes = {first + length - 1: home for first, length, home in form['homes']}
         choices = {data.form_length(form) - 1: 0} | homes
         for before, frame in itertools.pairwise([0, *sorted(choices)]):
             choices |= dict.fromkeys(range(frame - phrase, before, -phrase), 0)
-        return sorted(choices.items())
+        return [Choice(*choice) for choice in sorted(choices.items())]
 
     def __call__(self, frames, ended):
+        t = frames.shape[1] - 1                 # the last frame so far
         rows = []
         for tune, choices in enumerate(self.choices):
             takes = np.flatnonzero(self.tune_of_row == tune)
-            if choices and choices[0][0] == frames.shape[1] - 1:
-                _, home = choices.pop(0)
+            if choices and choices[0].frame == t:
+                home = choices.pop(0).home
                 worth = [-1 if ended[take] else self.rate(frames[take], home) for take in takes]
                 takes = takes[[np.argmax(worth)]]
             if len(takes) == 1 and choices and not ended[takes[0]]:
-                _, home = choices[0]
-                takes = takes.repeat(TAKES if home else SPARE)
+                takes = takes.repeat(TAKES if choices[0].home else SPARE)
             rows += takes.tolist()
         if rows == list(range(len(frames))):
             return None
@@ -277,14 +291,13 @@ class Takes:
         notes = self.representation.decode(recent)
         if not len(notes):
             return 0
-        points = 1 - circles(data.frame_names(data.PianoRoll(GRID).encode(Song('', notes))))
+        points = 1 - circles(step_names(notes))
         melody = notation.is_melody(notes)
         key, onset, _ = notes[melody][-1]
         if home == 1 + (key + notation.LOWEST) % 12:
             sharps, _ = notation.estimate_key(notes)
-            below = notes[~melody]
-            sounding = below[(below[:, 1] <= onset) & (onset < below[:, 2])]
-            chord = set((sounding[:, 0] - key) % 12)
+            sounding = notes[~melody & sounds_at(onset, notes), 0]
+            chord = set((sounding - key) % 12)
             points += 1
             points += sharps == 0
             points += {0, 7} <= chord <= {0, 3, 4, 7}

@@ -259,7 +259,7 @@ class AbcText(Representation):
         """Frames (T, V) to a Song, without the end as far as the last bar line; raises UserError for invalid ABC."""
         text = self.text(frames)
         if not ended:
-            text = text[:text.rfind('|') + 1]
+            text = text[:text.rfind('|') + 1] or text
         skipped = []
         songs = read_abc(f'X:1\n{text}\n'.encode(), 'the composed text', skipped)
         if not songs:

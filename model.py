@@ -658,6 +658,7 @@ class Model(nn.Module):
         """time and age (B, T) at each frame of frames (B, T, V)."""
         boundary = frames[..., -1] > 0
         passed = torch.arange(1, frames.shape[1] + 1, device=frames.device)
+        # where each frame is a step, both are the same
         age = time = count_since(boundary, passed, state.age)
         if self.config.shift:
             shifts = frames[..., self.config.shift:-1]

@@ -816,6 +816,7 @@ def test_data_abc_text():
     with pytest.raises(data.UserError):
         abc.to_song(frames)
     assert abc.to_song(frames, ended=False).notes[:, 0].tolist() == [39, 41, 43, 44, 46, 48, 50, 51]
+    assert abc.to_song(abc.encode_text('K:C\nCD'), ended=False).notes[:, 0].tolist() == [39, 41]
 
 
 def test_data_openings(tmp_path):
