@@ -132,7 +132,8 @@ def song_from_rows(name, rows, **more):
     """A Song from rows (MIDI note, onset, end) in any order; `more` are other fields of Song."""
     notes = as_notes(rows) - [LOWEST, 0, 0]
     on_piano = (notes[:, 0] >= 0) & (notes[:, 0] < KEYS)
-    return Song(name, one_per_key(notes[on_piano]), dropped=int((~on_piano).sum()), **more)
+    dropped = len(notes) - int(on_piano.sum())
+    return Song(name, one_per_key(notes[on_piano]), dropped=dropped, **more)
 
 
 def as_notes(rows):
@@ -173,7 +174,8 @@ PROFILES = np.array([[6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66
 
 def sharps(key):
     """Sharps of a key written as letter, # or b, and m for minor: C 0, G 1, F#m 3, Bb -2."""
-    return FIFTHS.index(key[0]) - 1 + 7 * (key.count('#') - key.count('b')) - 3 * key.endswith('m')
+    signs = key.count('#') - key.count('b')
+    return FIFTHS.index(key[0]) - 1 + 7 * signs - 3 * key.endswith('m')
 
 
 def signature(fifths):
@@ -297,7 +299,8 @@ def cues(notes):
     tune = notes[melody]
     steps = np.rint(2 * notes[:, 1]).astype(int)
     lengths = np.zeros(steps[melody].max(initial=-1) + 1, dtype=int)
-    lengths[steps[melody]] = 1 + np.searchsorted(LIMITS, np.diff(tune[:, 1], append=tune[-1:, 2]))
+    to_the_next = np.diff(tune[:, 1], append=tune[-1:, 2])
+    lengths[steps[melody]] = 1 + np.searchsorted(LIMITS, to_the_next)
     struck = collections.defaultdict(set)
     for key, step in zip(notes[~melody, 0], steps[~melody]):
         struck[step].add(key % 12)
@@ -479,8 +482,9 @@ def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metr
     for key, onset, end in one_per_key(as_notes(notes)):
         note = int(key) + LOWEST
         tick = round(onset * TICKS)
+        release = max(round(end * TICKS), tick + 1)
         strikes.append(mido.Message('note_on', note=note, velocity=80, time=tick))
-        releases.append(mido.Message('note_on', note=note, velocity=0, time=max(round(end * TICKS), tick + 1)))
+        releases.append(mido.Message('note_on', note=note, velocity=0, time=release))
     # at one time releases come before strikes
     messages = sorted(signs + releases + strikes, key=lambda message: message.time)
     track = mido.MidiTrack()
@@ -605,7 +609,8 @@ def read_tune(title, tune, defaults):
     page = Page()
     for letter, value in fields.items():
         page.take(letter, value)
-    page.unit = page.unit or Fraction(1, 16 if page.bar and page.bar < Fraction(3, 4) else 8)
+    short = page.bar and page.bar < Fraction(3, 4)
+    page.unit = page.unit or Fraction(1, 16 if short else 8)
     # field lines in the body become inline fields, or nothing where they make no sound; a line "A:|" is music
     body = re.sub(r'(?m)^([A-Za-z+]):(?![|:])(.*)\n?',
                   lambda m: f'[{m[1]}:{m[2].strip()}]\n' * (m[1] in 'KLMPQV'), body)
@@ -637,7 +642,8 @@ def spell_parts(page, order, body):
     first, *parts = re.split(r'\[P:([^\]\n]*)\]', body)
     if not set(order) & set(parts[::2]):
         return page.spell(body)
-    order = re.sub(r'([A-Z])([1-9])', lambda m: m[1] * int(m[2]), re.sub(r'[\s.]', '', order))
+    order = re.sub(r'[\s.]', '', order)
+    order = re.sub(r'([A-Z])([1-9])', lambda m: m[1] * int(m[2]), order)
     if not re.fullmatch('[A-Z]+', order):
         raise UserError(f'cannot follow the order of parts P:{order[:40]}')
     events = page.spell(first)
@@ -662,7 +668,8 @@ def read_key(value):
     if m[1] and mode != 'exp':
         count = sharps(m[1].upper() + m[2]) + MODES[mode]
     signs = {letter: ((count or 0) + 6 - i) // 7 for i, letter in enumerate(FIFTHS)}
-    signs |= {letter.upper(): ALTER[sign] for sign, letter in re.findall(rf'({SIGN})([A-Ga-g])', value[m.end():])}
+    for sign, letter in re.findall(rf'({SIGN})([A-Ga-g])', value[m.end():]):
+        signs[letter.upper()] = ALTER[sign]
     return signs, count, MODES.get(mode) == -3
 
 
@@ -900,6 +907,14 @@ class Tick(NamedTuple):
     end: int
 
 
+class Chord(NamedTuple):
+    """What becomes a chord symbol, in ticks."""
+    onset: int
+    end: int
+    root: int       # 0..11
+    quality: str    # one of QUALITIES
+
+
 def write_abc(notes, name='', tempo=120.0, sharps=None, minor=False, metre=None, pickup=None):
     """Notes (N, 3), times in beats, to (a tune in ABC, how many notes were left out).
 
@@ -958,7 +973,7 @@ def snap(notes, first):
 
 
 def find_chords(ticks):
-    """Ticks to (melody, chords (onset, end, root 0..11, quality), how many notes are left out).
+    """Ticks to (melody, Chords, how many notes are left out).
 
     A chord: notes struck together that have a name, within an octave, the lowest below the G above middle C. Left out
     is the bass of a tune with chords: what lies below their octave and under another note."""
@@ -972,7 +987,8 @@ def find_chords(ticks):
         # without it, if it can be spared
         root, quality, members = name_chord(group[:-1] if top and len(group) > 3 else group)
         if members:
-            chords.append((onset, max(note.end for note in members), root, quality))
+            end = max(note.end for note in members)
+            chords.append(Chord(onset, end, root, quality))
             # the top note of a chord without melody above it is both, if it lasts less long than the others
             if members[-1] is top and top.end < members[0].end:
                 members = members[:-1]
@@ -1011,18 +1027,20 @@ def name_chord(group):
 def write_music(melody, chords, first, bar, beam, staff):
     """Lines of music from tick `first` on, four bars each, cut wherever a note begins or ends, at chord symbols, bar
     lines and around triplets; notes of a beam stand together."""
-    end = max([first + BEAT // 2] + [note.end for note in melody] + [chord[1] for chord in chords])
+    end = max([first + BEAT // 2] + [sound.end for sound in melody + chords])
     if 0 < end % bar < BEAT:   # the last bar has at least a beat
         end += BEAT - end % bar
     symbols = {}
-    for (onset, stop, root, quality), (after, *_) in zip(chords, chords[1:] + [(end,)]):
-        symbols[onset] = f'"{staff.root(root)}{quality}"'
-        if after - stop >= BEAT:
-            symbols[stop] = '"^N.C."'
+    following = [chord.onset for chord in chords[1:]] + [end]
+    for chord, after in zip(chords, following):
+        symbols[chord.onset] = f'"{staff.root(chord.root)}{chord.quality}"'
+        if after - chord.end >= BEAT:
+            symbols[chord.end] = '"^N.C."'
     starting = collections.defaultdict(list)
     for note in melody:
         starting[note.onset].append(note)
-    cuts = {first, end, *symbols, *starting, *(note.end for note in melody), *range(bar, end, bar)}
+    releases = [note.end for note in melody]
+    cuts = {first, end, *symbols, *starting, *releases, *range(bar, end, bar)}
     for beat in {cut // BEAT for cut in cuts if cut % 3}:
         cuts |= {max(first, beat * BEAT), (beat + 1) * BEAT}
     slices = [(onset, end, onset % 3 > 0 or end % 3 > 0) for onset, end in itertools.pairwise(sorted(cuts))]

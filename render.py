@@ -105,10 +105,10 @@ def synthesise(notes, tempo=120.0, metre='4/4', pickup=0.0):
     sound = np.zeros((2, max(start + held) + RATE), dtype=np.float32)
     struck = list(zip(notes[:, 0], velocity))
     tones = {tone: piano_tone(*tone, held.max() / RATE + 1) for tone in set(struck)}
-    for i, tone in enumerate(struck):
-        note = tones[tone][:held[i] + len(damper)].copy()
-        note[held[i]:] *= damper
-        sound[:, start[i]:start[i] + len(note)] += np.outer(gain[:, i], note)
+    for tone, begin, length, sides in zip(struck, start, held, gain.T):
+        note = tones[tone][:length + len(damper)].copy()
+        note[length:] *= damper
+        sound[:, begin:begin + len(note)] += np.outer(sides, note)
     add_room(sound)
     sound *= 0.9 * 32767 / np.abs(sound).max()
     return np.round(sound).astype(np.int16).T
@@ -179,10 +179,11 @@ def draw_roll(drawing, notes, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=N
     melody = is_melody(notes)
     bar = bar_beats(metre)
     lead = pickup / bar                 # bars before the first bar line
-    bars = max(1, math.ceil((notes[:, 2].max(initial=prompt_beats) - pickup) / bar - 1e-6))
+    beats = notes[:, 2].max(initial=prompt_beats)
+    bars = max(1, math.ceil((beats - pickup) / bar - 1e-6))
     # whole octaves, that of middle C among them
-    octave = (notes[:, 0] + 9) // 12
-    octaves = range(int(octave.min(initial=4)), int(octave.max(initial=4)) + 1)
+    octave = np.append((notes[:, 0] + 9) // 12, 4).astype(int)
+    octaves = range(octave.min(), octave.max() + 1)
     for first in range(0, bars, 16)[:lines]:
         begins = first if first else -lead
         last = min(first + 16, bars)
@@ -253,18 +254,21 @@ def read_losses(path):
     """(points, 3) iterations, minutes, validation losses of a table that train.py wrote; none of any other file."""
     try:
         rows = csv.DictReader(path.read_text(encoding='utf-8').splitlines())
-        points = [[float(row[name] or 'nan') for name in ('iter', 'minutes', 'valid')] for row in rows]
+        points = [[row[name] or 'nan' for name in ('iter', 'minutes', 'valid')] for row in rows]
+        points = np.array(points, dtype=float).reshape(-1, 3)
     except (OSError, csv.Error, KeyError, ValueError):
-        points = []
-    points = np.array(points).reshape(-1, 3)
+        points = np.zeros((0, 3))
     return points[np.isfinite(points).all(1)]
 
 
 def ticks(low, high):
     """Two to eight round numbers from low to high."""
-    unit = 10.0 ** math.floor(math.log10(high - low))
-    step = next(part * unit for part in (0.2, 0.5, 1, 2) if high - low <= 7 * part * unit)
-    return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
+    span = high - low
+    unit = 10.0 ** math.floor(math.log10(span))
+    step = next(part * unit for part in (0.2, 0.5, 1, 2) if span <= 7 * part * unit)
+    first = math.ceil(low / step)
+    last = math.floor(high / step)
+    return step * np.arange(first, last + 1)
 
 
 def draw_chart(drawing, runs):
