@@ -158,9 +158,11 @@ class TimeMix(nn.Module):
         depth = layer / max(1, config.n_layer - 1)      # 0 at the bottom, 1 at the top
         ramp = layer / config.n_layer                   # 0 at the bottom, almost 1 at the top
         # each channel starts with its own memory: w from e^-5 (over a hundred frames) to e^3 (the frame before) ...
-        self.time_decay = nn.Parameter(-5 + 8 * (channel / max(1, C - 1)) ** (0.7 + 1.3 * depth))
+        place = channel / max(1, C - 1)
+        self.time_decay = nn.Parameter(-5 + 8 * place ** (0.7 + 1.3 * depth))
         # ... its own weight for the present frame, in a zigzag so that neighbours differ ...
-        self.time_first = nn.Parameter(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1.0))
+        zigzag = (channel + 1) % 3 - 1.0
+        self.time_first = nn.Parameter(math.log(0.3) + 0.5 * zigzag)
         # ... and its own share of the present frame; the rest comes from the frame before
         mix = channel / C
         self.time_mix_k = nn.Parameter(mix ** (1 - ramp))
@@ -253,6 +255,14 @@ def rotate(x, first):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
+def count_heads(C):
+    """How many heads C channels make: of 32 each, or of the next size that divides C into even parts."""
+    heads = max(1, C // 32)
+    while C % (2 * heads):
+        heads -= 1
+    return heads
+
+
 class Attention(nn.Module):
     """Causal attention (Vaswani et al. 2017) with rotary positions: for each head
 
@@ -264,8 +274,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        # heads of 32 channels, or the next size that divides C into even parts
-        self.heads = next(n for n in range(max(1, C // 32), 0, -1) if C % (2 * n) == 0)
+        self.heads = count_heads(C)
         self.window = config.window
         self.query = nn.Linear(C, C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
@@ -444,8 +453,10 @@ class Lookback(nn.Module):
         """Step 1: names (B, W + T) of all frames seen, age (B, T) frames since the boundary -> (B, T, W) bool."""
         T = age.shape[1]
         before = names.unfold(1, self.W, 1)[:, :T]      # (B, T, W): the W frames before each
+        same = before == names[:, self.W:].unsqueeze(2)
         lags = torch.arange(self.W, 0, -1, device=names.device)
-        return (before == names[:, self.W:].unsqueeze(2)) & (lags <= age.unsqueeze(2))
+        in_this_tune = lags <= age.unsqueeze(2)
+        return same & in_this_tune
 
     def runs(self, match, before):
         """Step 2: match (B, T, W), before (B, W) the runs before these frames -> (B, T, W)."""
@@ -468,8 +479,8 @@ class Lookback(nn.Module):
         # right by one more each (the skewing of Huang et al. 2018), and one product adds the frames up
         slid = F.pad(p, (0, T + 1)).flatten(1)
         slid = slid[:, :T * (W + T)].view(B, T, W + T)
-        recalled = slid[..., :-1].to(h.dtype) @ seen[:, 1:].to(h.dtype)
-        return self.recall(recalled)
+        weights = slid[..., :-1].to(h.dtype)
+        return self.recall(weights @ seen[:, 1:].to(h.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -478,7 +489,8 @@ class Lookback(nn.Module):
 def choose(logits, temperature, top_p, generator):
     """Draws one of the last dimension: logits (B, N) -> (B,). top_p < 1: among the likeliest that together have so much
     probability (nucleus sampling, Holtzman et al. 2020)."""
-    p, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    p = torch.softmax(logits / temperature, dim=-1)
+    p, order = p.sort(dim=-1, descending=True)
     total = p.cumsum(-1)
     # the nucleus ends with the first that brings the total to top_p
     nucleus = total.where(total - p < top_p, 0).amax(-1, keepdim=True)
@@ -503,8 +515,9 @@ class SoftmaxHead(LinearHead):
     """For frames with one unit: p(unit) = softmax(W h + b), as in a language model."""
 
     def nll(self, logits, frames):
-        loss = F.cross_entropy(logits.flatten(0, -2).float(), frames.argmax(-1).flatten(), reduction='none')
-        return loss.view(frames.shape[:-1])
+        units = frames.argmax(-1)
+        loss = F.cross_entropy(logits.flatten(0, -2).float(), units.flatten(), reduction='none')
+        return loss.view(units.shape)
 
     def sample(self, logits, temperature=1.0, top_p=1.0, generator=None, may_end=True):
         logits = logits.float()
@@ -524,9 +537,11 @@ class BernoulliHead(LinearHead):
     def sample(self, logits, temperature=1.0, top_p=1.0, generator=None, may_end=True):
         p = torch.sigmoid(logits.float() / temperature)
         # the nucleus of two outcomes is the likelier one alone where it has top_p of the probability
-        p = torch.where(torch.maximum(p, 1 - p) >= top_p, (p > 0.5).to(p.dtype), p)
+        likelier = torch.maximum(p, 1 - p)
+        p = torch.where(likelier >= top_p, p.round(), p)
         p[..., -1] *= may_end
-        return torch.rand(p.shape, generator=generator, device=p.device).lt(p).to(torch.uint8)
+        chance = torch.rand(p.shape, generator=generator, device=p.device)
+        return (chance < p).to(torch.uint8)
 
 
 class ChordHead(nn.Module):
@@ -767,7 +782,8 @@ def same_size(config):
     target = count_parameters(replace(config, arch='rwkv'))
     sizes = [replace(config, n_embd=n) for n in range(8, 8 * config.n_embd, 8)]
     larger = bisect.bisect(sizes, target, key=count_parameters)
-    return min(sizes[max(0, larger - 1):larger + 1], key=lambda size: abs(count_parameters(size) - target))
+    neighbours = sizes[max(0, larger - 1):larger + 1]
+    return min(neighbours, key=lambda size: abs(count_parameters(size) - target))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
