@@ -34,7 +34,7 @@ SIDE_BY_SIDE = 32       # tunes composed at once: more are no faster, and take m
 MOST = 20_000           # tunes composed in all
 PHRASE = 16             # beats that are composed in several takes, before one of them is chosen
 TAKES = 8               # how many takes, if the tune is to come home at the end of these beats ...
-SPARE = 2               # ... and else, lest it goes in circles
+SPARE = 2               # ... and else
 COMPOSING = (           # the options of sample.py, too
     ('length', 256.0, number(float, 1, 1e6), 'beats at most; the model may end the tune before'),
     ('min_length', 16.0, number(float, 0, 1e6), 'beats at least, before the model may end the tune'),
@@ -68,7 +68,7 @@ def features(notes, ended):
     share = count / len(degrees)
     leaps = np.abs(np.diff(melody[:, 0]))
     onsets = np.unique(notes[:, 1])
-    steps = step_names(notes)
+    steps = data.step_names(notes, GRID)
     below = data.PianoRoll(GRID).encode(Song('', chords)).any(1)
     beats = notes[:, 2].max()
     bar, pickup = notation.estimate_metre(notes)
@@ -99,11 +99,6 @@ def features(notes, ended):
         'whole bars': after_bar_line < 0.02,
         'ended': ended,
     }
-
-
-def step_names(notes):
-    """A number for what is struck and held in each step, (S,)."""
-    return data.frame_names(data.PianoRoll(GRID).encode(Song('', notes)))
 
 
 def copied(notes, book):
@@ -198,7 +193,7 @@ def compose(model, representation, opening, count, args, generator, forms=()):
         plans = takes = None
         if drawn:
             told = drawn[begin:begin + SIDE_BY_SIDE]
-            takes = Takes(representation, told)
+            takes = Takes(representation, told, forms)
             plans = make_plans(told, length).to(device)
         composed = model.compose(prompts, length, args.temperature, top_p, generator, at_least, plans, takes)
         if takes:
@@ -251,12 +246,15 @@ class Choice(NamedTuple):
 
 class Takes:
     """Composes each tune in several rows, as `go_on` of Model.compose: TAKES in the PHRASE beats before its form comes
-    home, else SPARE. When they are over, one row goes on: the first with most points, see rate, that has not ended."""
+    home, else SPARE. When they are over, one row goes on: the first with most points, see rate, that has not ended.
+    forms: what the tunes are told; songs: the forms of all training songs."""
 
-    def __init__(self, representation, forms):
+    def __init__(self, representation, forms, songs):
         self.representation = representation
         self.tune_of_row = np.arange(len(forms))
         self.choices = [self.when_to_choose(form) for form in forms]
+        self.is_new = [data.make_plan(form)[:-1, 0] == 1 for form in forms]     # (T,) of each: is nothing repeated?
+        self.chords = np.unique([name for form in songs for name in form['chords']])
 
     def when_to_choose(self, form):
         """The Choices for a tune of this form, in order of time."""
@@ -274,8 +272,9 @@ class Takes:
             takes = np.flatnonzero(self.tune_of_row == tune)
             if choices and choices[0].frame == t:
                 home = choices.pop(0).home
-                worth = [-1 if ended[take] else self.rate(frames[take], home) for take in takes]
-                takes = takes[[np.argmax(worth)]]
+                is_new = self.is_new[tune][:t + 1]
+                points = [-math.inf if ended[take] else self.rate(frames[take], is_new, home) for take in takes]
+                takes = takes[[np.argmax(points)]]
             if len(takes) == 1 and choices and not ended[takes[0]]:
                 takes = takes.repeat(TAKES if choices[0].home else SPARE)
             rows += takes.tolist()
@@ -284,15 +283,24 @@ class Takes:
         self.tune_of_row = self.tune_of_row[rows]
         return torch.tensor(rows, device=frames.device)
 
-    def rate(self, frames, home):
-        """A point if the last beats of frames (T, V) are no circle, one if their last melody note has the pitch class
-        home - 1, and then one if they are in the common key, of which it is the tonic, and one for its triad below."""
-        recent = frames[-2 * PHRASE * self.representation.beat:].cpu().numpy()
-        notes = self.representation.decode(recent)
+    def rate(self, frames, is_new, home):
+        """The points of a take, frames (T, V). It loses the share of its last beats that repeat something where its form
+        is_new (T,), and the share with a chord that no training song has. It gets one if its last melody note has the
+        pitch class home - 1, and then one if these beats are in the common key, of which that is the tonic, and one for
+        the tonic's triad below."""
+        frames = frames.cpu().numpy()
+        beat = self.representation.beat
+        recent = slice(-2 * PHRASE * beat, None)
+        repeats = data.find_repeats(frames, beat) > 0
+        points = -np.mean((repeats & is_new)[recent])
+        notes = self.representation.decode(frames[recent])
         if not len(notes):
-            return 0
-        points = 1 - circles(step_names(notes))
+            return points
         melody = notation.is_melody(notes)
+        chords = data.step_names(notes[~melody], beat)
+        unheard = ~np.isin(chords, self.chords)
+        points -= unheard.sum() / len(frames[recent])
+        points -= circles(data.step_names(notes, GRID))
         key, onset, _ = notes[melody][-1]
         if home == 1 + (key + notation.LOWEST) % 12:
             sharps, _ = notation.estimate_key(notes)

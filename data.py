@@ -12,6 +12,7 @@ Shape letters: B batch, T frames, V units in a frame.
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import hashlib
@@ -300,6 +301,7 @@ def representation(settings):
 
 FURTHEST = 64           # beats that a repeat may lie back
 REPEAT = 8              # beats that it has at least, before a nearer one takes some of them
+CHORDS = 32             # different ones of a song that are kept: folk tunes have fewer, pianists have more than enough
 # what is told of the boundary after a tune, see make_plan
 END = np.array([1, 0, 0, 0, 0, 0], dtype=np.int32)
 
@@ -310,13 +312,19 @@ def frame_names(frames):
     return frames @ np.random.default_rng(0).integers(1 << 50, size=frames.shape[1])
 
 
+def step_names(notes, steps_per_beat):
+    """A number for what notes (N, 3) strike and hold in each step, (S,)."""
+    return frame_names(PianoRoll(steps_per_beat).encode(Song('', notes)))
+
+
 def find_form(song, frames, beat, common_key):
     """The form of a Song, with its frames (T, V), `beat` of them to a beat: dict(metre, sixteenths, bar, pickup, parts,
-    homes). sixteenths: does more than one note in twenty begin between the eighths? bar is how long a bar is and pickup
-    where the first full one begins, both in frames, guessed where the song does not tell them.
+    homes, chords). sixteenths: does more than one note in twenty begin between the eighths? bar is how long a bar is
+    and pickup where the first full one begins, both in frames, guessed where the song does not tell them.
 
     parts: [(back, frames), ..]. A part repeats, frame by frame, what stood `back` beats before it, or is new where back
-    is 0. homes: see find_homes; none of a tune that is not in the common key, since its tonic is not known."""
+    is 0. homes: see find_homes; none of a tune that is not in the common key, since its tonic is not known. chords: the
+    names of what is struck and held below the melody, the most common CHORDS of them."""
     back = find_repeats(frames, beat)
     edges = np.flatnonzero(np.diff(back, prepend=-1, append=-1))
     parts = list(zip(back[edges[:-1]].tolist(), np.diff(edges).tolist()))
@@ -324,8 +332,10 @@ def find_form(song, frames, beat, common_key):
     metre, bar, pickup = fit_bars(song.notes, song.metre, song.pickup)
     between = 2 * quantise(song.notes, beat)[:, 1] % beat > 0
     sixteenths = bool(between.sum() > 0.05 * len(between))
+    below = step_names(song.notes[~is_melody(song.notes)], beat)
+    chords = [name for name, _ in collections.Counter(below.tolist()).most_common(CHORDS)]
     return dict(metre=metre, sixteenths=sixteenths, bar=float(bar * beat), pickup=float(pickup * beat), parts=parts,
-                homes=homes)
+                homes=homes, chords=chords)
 
 
 def find_repeats(frames, beat):

@@ -789,7 +789,7 @@ def same_size(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-VERSION = 7         # of the layout of a checkpoint
+VERSION = 8         # of the layout of a checkpoint
 
 
 def save_checkpoint(path, model, **more):

@@ -967,9 +967,11 @@ DATA_PHRASES = dict(A=data_phrase(1, 46), B=data_phrase(2, 51), C=data_phrase(3,
 def test_data_form(phrases, parts, homes):
     song = data_song(*(DATA_PHRASES[name] for name in phrases))._replace(metre='3/4', pickup=1.0)
     frames = data.PianoRoll().encode(song)
+    # the key of the chord is held, and now and then struck
+    chords = data.frame_names(np.eye(177, dtype=int)[[88 + 27, 27]]).tolist()
     # the last note of each phrase is an eighth
     form = dict(metre='3/4', sixteenths=False, bar=12, pickup=4, parts=parts,
-                homes=[(first, 2, home) for first, home in homes.items()])
+                homes=[(first, 2, home) for first, home in homes.items()], chords=chords)
     # what a player is late by does not matter
     for late in (0, 0.1):
         found = data.find_form(song._replace(notes=song.notes + [0, late, late]), frames, 4, True)
@@ -1022,8 +1024,17 @@ def test_data_form_tells_where_bar_lines_are(metre, pickup, beat, lines):
 def test_data_form_of_what_has_no_melody():
     song = data.Song('', np.zeros((0, 3)), metre='5/4', pickup=0.0)
     form = data.find_form(song, np.zeros((6, 177), dtype=np.uint8), 1, True)
-    assert form == dict(metre='5/4', sixteenths=False, bar=5, pickup=0, parts=[(0, 6)], homes=[])
+    assert form == dict(metre='5/4', sixteenths=False, bar=5, pickup=0, parts=[(0, 6)], homes=[], chords=[])
     assert data.make_plan(form)[:, 3:].tolist() == [[bar, 0, 0] for bar in (5, 4, 3, 2, 1, 5, 0)]
+
+
+def test_data_form_has_the_most_common_chords():
+    # below a held note each key lasts one beat, and the first 32 come again
+    keys = [*range(40), *range(32)]
+    notes = [[60, 0, len(keys)]] + [[key, onset, onset + 1] for onset, key in enumerate(keys)]
+    song = data.Song('', np.array(notes, dtype=float), metre='4/4', pickup=0.0)
+    form = data.find_form(song, data.PianoRoll(1).encode(song), 1, True)
+    assert set(form['chords']) == set(data.frame_names(np.eye(177, dtype=int)[:32]).tolist())
 
 
 def test_data_repeats_of_less_than_8_beats_are_no_parts():
@@ -3527,7 +3538,8 @@ def test_compare_longest_copy():
 def compare_form(*parts):
     """A form of parts (back, frames), the last of which comes home to C."""
     length = sum(frames for _, frames in parts)
-    return dict(metre='3/4', sixteenths=False, bar=6, pickup=2, parts=list(parts), homes=[(length - 3, 3, 1)])
+    return dict(metre='3/4', sixteenths=False, bar=6, pickup=2, parts=list(parts), homes=[(length - 3, 3, 1)],
+                chords=[0])
 
 
 def compare_model(folder, arch, representation, forms=()):
@@ -3641,63 +3653,90 @@ def test_compare_draws_forms_of_fitting_length():
     assert compare.draw_forms([], 1, 9, 2, make) == []
 
 
-def test_compare_takes_come_home(monkeypatch):
-    monkeypatch.setattr(compare, 'TAKES', 4)
-    roll = data.PianoRoll()
-    forms = [compare_form((0, 300)) | dict(homes=[]), compare_form((0, 250)) | dict(homes=[(150, 4, 1), (180, 4, 10)])]
-    takes = compare.Takes(roll, forms)
-    # to C and to A; 64 frames before, and so on
-    assert takes.choices == [[(43, 0), (107, 0), (171, 0), (235, 0), (299, 0)],
-                             [(25, 0), (89, 0), (153, 1), (183, 10), (185, 0), (249, 0)]]
-    # a spare row each, as long as no home is near
-    assert takes(torch.zeros(2, 1, 177), torch.zeros(2) > 0).tolist() == [0, 0, 1, 1]
-    takes = compare.Takes(roll, forms[1:])
-    no_end = torch.zeros(4, dtype=torch.bool)
-    assert takes(torch.zeros(1, 1, 177), no_end[:1]).tolist() == [0, 0]
-    assert takes(torch.zeros(2, 26, 177), no_end[:2]).tolist() == [0, 0]
-    assert takes(torch.zeros(2, 90, 177), no_end[:2]).tolist() == 4 * [0]
+def compare_heard(length, *melodies):
+    """So many frames, for each of these melodies, with which they end."""
+    rows = np.zeros((len(melodies), length, 177), dtype=np.uint8)
+    for row, keys in zip(rows, melodies):
+        row[-4 * len(keys):] = data.PianoRoll().encode(Song('', compare_line(keys)))
+    return torch.from_numpy(rows)
 
-    def heard(length, *melodies):
-        """So many frames that end with these melodies."""
-        rows = np.zeros((len(melodies), length, 177), dtype=np.uint8)
-        for row, keys in zip(rows, melodies):
-            row[-4 * len(keys):] = roll.encode(Song('', compare_line(keys)))
-        return torch.from_numpy(rows)
 
-    assert takes(torch.zeros(4, 153, 177), no_end) is None
-    before = np.random.default_rng(0).integers(40, 50, 30).tolist()
-    # the third row is the first that ends on a C, 51 or 39, and goes on
-    frames = heard(154, before + [50], before + [51], before + [39], before + [51])
-    ended = torch.tensor([False, True, False, False])
-    assert takes(frames, ended).tolist() == 4 * [2]
+def test_compare_rates_takes():
+    takes = compare.Takes(data.PianoRoll(), [], [compare_form((0, 9))])
+    told = np.zeros(154, dtype=bool)
     # a C at the end of C sharp major is not the tonic
     scale = [39, 41, 43, 44, 46, 48, 50]
     rng = np.random.default_rng(1)
     major = [*rng.permutation(scale), *rng.permutation(scale), *rng.permutation(scale), 39, 43, 46]
     sharp = [key + 1 for key in major]
-    assert [takes.rate(row, 1) for row in heard(154, major + [51], sharp + [51], sharp + [52])] == [3, 2, 1]
+    rows = compare_heard(154, major + [51], sharp + [51], sharp + [52])
+    assert [takes.rate(row, told, 1) for row in rows] == [2, 1, 0]
     # the triad of the tonic, major or minor, with one of its notes left out or not, struck with it or before
-    for chord, points in (([27, 31, 34], 4), ([27, 30, 34], 4), ([27, 34], 4), ([27, 31], 3), ([24, 27, 31], 3),
-                          ([27, 31, 34, 37], 3)):
+    for chord, points in (([27, 31, 34], 3), ([27, 30, 34], 3), ([27, 34], 3), ([27, 31], 2), ([24, 27, 31], 2),
+                          ([27, 31, 34, 37], 2)):
+        struck, held, over = np.zeros((3, 177), dtype=int)
+        struck[chord] = 1
+        held[[88 + key for key in chord]] = 1
+        known = data.frame_names(np.stack((struck, held, over)))
         for beats in (1, 3):
-            frames, = heard(154, major + [51])
+            frames, = compare_heard(154, major + [51])
             frames[-4 * beats, chord] = 1
             frames[1 - 4 * beats:, [88 + key for key in chord]] = 1
-            assert takes.rate(frames, 1) == points
+            takes.chords = known
+            assert takes.rate(frames, told, 1) == points
+            # each of its steps counts if no song has it
+            takes.chords = known[1:]
+            assert takes.rate(frames, told, 1) == points - 1 / 128
+            takes.chords = known[2:]
+            assert takes.rate(frames, told, 1) == points - 4 * beats / 128
             # one that is over before is none
+            takes.chords = known
             frames[-6:, [88 + key for key in chord]] *= beats == 1
-            assert takes.rate(frames, 1) == (points if beats == 1 else 3)
+            assert takes.rate(frames, told, 1) == (points if beats == 1 else 2)
+    # 8 of the last 32 beats repeat what stood 24 beats before; the form says so of all, of none, or of 6
+    line = rng.permutation(range(40, 70)).tolist()
+    again, = compare_heard(154, line + line[6:14])
+    assert takes.rate(again, told, 1) == 0
+    assert takes.rate(again, ~told, 1) == -8 / 32
+    told[:-24] = True
+    assert takes.rate(again, told, 1) == -2 / 32
+    # a circle where the form has one, too; and silence
+    circle, = compare_heard(154, 8 * [40, 43])
+    assert takes.rate(circle, told & False, 1) == -1
+    assert takes.rate(torch.zeros(154, 177, dtype=torch.uint8), told & False, 1) == 0
+
+
+def test_compare_takes_come_home(monkeypatch):
+    monkeypatch.setattr(compare, 'TAKES', 4)
+    roll = data.PianoRoll()
+    forms = [compare_form((0, 300)) | dict(homes=[]), compare_form((0, 250)) | dict(homes=[(150, 4, 1), (180, 4, 10)])]
+    takes = compare.Takes(roll, forms, forms)
+    # to C and to A; 64 frames before, and so on
+    assert takes.choices == [[(43, 0), (107, 0), (171, 0), (235, 0), (299, 0)],
+                             [(25, 0), (89, 0), (153, 1), (183, 10), (185, 0), (249, 0)]]
+    # a spare row each, as long as no home is near
+    assert takes(torch.zeros(2, 1, 177), torch.zeros(2) > 0).tolist() == [0, 0, 1, 1]
+    takes = compare.Takes(roll, forms[1:], forms)
+    no_end = torch.zeros(4, dtype=torch.bool)
+    assert takes(torch.zeros(1, 1, 177), no_end[:1]).tolist() == [0, 0]
+    assert takes(torch.zeros(2, 26, 177), no_end[:2]).tolist() == [0, 0]
+    assert takes(torch.zeros(2, 90, 177), no_end[:2]).tolist() == 4 * [0]
+    assert takes(torch.zeros(4, 153, 177), no_end) is None
+    before = np.random.default_rng(0).integers(40, 50, 30).tolist()
+    # the third row is the first that ends on a C, 51 or 39, and goes on
+    frames = compare_heard(154, before + [50], before + [51], before + [39], before + [51])
+    ended = torch.tensor([False, True, False, False])
+    assert takes(frames, ended).tolist() == 4 * [2]
     # none ends on A; one does not go in circles
-    frames = heard(184, 16 * [40, 43], 16 * [40, 43], before, 8 * [40, 43, 45, 47])
+    frames = compare_heard(184, 16 * [40, 43], 16 * [40, 43], before, 8 * [40, 43, 45, 47])
     assert takes(frames, no_end).tolist() == [2, 2]
-    # where nothing comes home circles alone decide, and after the end of the form there are no more takes
+    # and where nothing comes home; after the end of the form there are no more takes
     assert takes(torch.zeros(2, 186, 177), no_end[:2]).tolist() == [0, 0]
-    frames = heard(250, 16 * [40, 43], before)
+    frames = compare_heard(250, 16 * [40, 43], before)
     assert takes.one_of_each('ab') == ['a'] and takes(frames, no_end[:2]).tolist() == [1]
     assert takes.one_of_each('a') == ['a'] and takes(torch.zeros(1, 251, 177), no_end[:1]) is None
-    # silence comes nowhere, and what has ended needs no takes
-    assert takes.rate(torch.zeros(200, 177, dtype=torch.uint8), 1) == 0
-    takes = compare.Takes(roll, forms)
+    # what has ended needs no takes
+    takes = compare.Takes(roll, forms, forms)
     assert takes(torch.zeros(2, 9, 177), torch.tensor([True, False])).tolist() == [0, 1, 1]
 
 
