@@ -981,9 +981,14 @@ def find_chords(ticks):
     bass = []
     chords = []
     until = 0   # when the melody so far falls silent
-    for onset, group in itertools.groupby(ticks, lambda note: note.onset):
-        group = list(group)
-        top = group[-1] if until <= onset else None   # the melody's, if no other melody note sounds
+    groups = [list(group) for _, group in itertools.groupby(ticks, lambda note: note.onset)]
+    for group, following in zip(groups, groups[1:] + groups[-1:]):
+        onset = group[0].onset
+        top = group[-1]
+        # it is the melody's, unless another melody note sounds, or it goes on for a beat below the next note
+        goes_on = top.end - following[0].onset >= BEAT and top.key < following[-1].key
+        if until > onset or goes_on:
+            top = None
         # without it, if it can be spared
         root, quality, members = name_chord(group[:-1] if top and len(group) > 3 else group)
         if members:

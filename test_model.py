@@ -660,6 +660,8 @@ def test_abc_header():
     ('48,52,55:0-2 72:0-4 50,53,57,60:2-4', {}, '"C"c4- "Dm7"c4|]'),
     ('54,57,60:0-4 74:1-4 58,62,65:4-8 77:4-6', {}, '"F#dim"z2d6|"Bb"f4 z4|]'),
     ('50,55,57,60:0-4 72:0-4', {}, '"D7sus4"c8|]'),
+    # the highest note is no melody if it goes on for a beat below the next one
+    ('55,59,62,65:0-4 67:1-4', {}, '"G7"z2G6|]'), ('48,52,55:0-2 60:0-3/2 72:1-2', {}, '"C"C2-[Cc-]c|]'),
     ('48,52,55:0-2 72:0-4', {}, '"C"c4- "^N.C."c4|]'),
     ('48,52,55:0-1 72:0-2 74:2-3 43,47,50,72:3-4', {}, '"C"c2-"^N.C."c2 d2"G"c2|]'),
     # chords from as high as the F above middle C; from the G on they are melody
