@@ -284,10 +284,10 @@ class Takes:
         return torch.tensor(rows, device=frames.device)
 
     def rate(self, frames, is_new, home):
-        """The points of a take, frames (T, V). It loses the share of its last beats that repeat something where its form
-        is_new (T,), and the share with a chord that no training song has. It gets one if its last melody note has the
-        pitch class home - 1, and then one if these beats are in the common key, of which that is the tonic, and one for
-        the tonic's triad below."""
+        """The points of a take, frames (T, V). It loses the share of its last beats that repeat something where its
+        form is_new (T,), the share with a chord that no training song has, and one for a circle. It gets one if its
+        last melody note has the pitch class home - 1, and then one if these beats are in the common key, of which that
+        is the tonic, and one for the tonic's triad below."""
         frames = frames.cpu().numpy()
         beat = self.representation.beat
         recent = slice(-2 * PHRASE * beat, None)

@@ -317,14 +317,15 @@ def step_names(notes, steps_per_beat):
     return frame_names(PianoRoll(steps_per_beat).encode(Song('', notes)))
 
 
-def find_form(song, frames, beat, common_key):
-    """The form of a Song, with its frames (T, V), `beat` of them to a beat: dict(metre, sixteenths, bar, pickup, parts,
+def find_form(song, frames, representation, common_key):
+    """The form of a Song, with its frames (T, V) in a representation: dict(metre, sixteenths, bar, pickup, parts,
     homes, chords). sixteenths: does more than one note in twenty begin between the eighths? bar is how long a bar is
     and pickup where the first full one begins, both in frames, guessed where the song does not tell them.
 
     parts: [(back, frames), ..]. A part repeats, frame by frame, what stood `back` beats before it, or is new where back
     is 0. homes: see find_homes; none of a tune that is not in the common key, since its tonic is not known. chords: the
     names of what is struck and held below the melody, the most common CHORDS of them."""
+    beat = representation.beat
     back = find_repeats(frames, beat)
     edges = np.flatnonzero(np.diff(back, prepend=-1, append=-1))
     parts = list(zip(back[edges[:-1]].tolist(), np.diff(edges).tolist()))
@@ -332,7 +333,8 @@ def find_form(song, frames, beat, common_key):
     metre, bar, pickup = fit_bars(song.notes, song.metre, song.pickup)
     between = 2 * quantise(song.notes, beat)[:, 1] % beat > 0
     sixteenths = bool(between.sum() > 0.05 * len(between))
-    below = step_names(song.notes[~is_melody(song.notes)], beat)
+    heard = representation.decode(frames)
+    below = step_names(heard[~is_melody(heard)], beat)
     chords = [name for name, _ in collections.Counter(below.tolist()).most_common(CHORDS)]
     return dict(metre=metre, sixteenths=sixteenths, bar=float(bar * beat), pickup=float(pickup * beat), parts=parts,
                 homes=homes, chords=chords)
@@ -458,7 +460,7 @@ class Dataset:
         forms = []
         for song, (start, end) in zip(self.songs['train'], itertools.pairwise(self.bounds['train'])):
             frames = self.frames('train', start + 1, end)
-            forms.append(find_form(song, frames, self.representation.beat, self.common_key))
+            forms.append(find_form(song, frames, self.representation, self.common_key))
         return forms
 
     @functools.cached_property

@@ -976,10 +976,10 @@ def test_data_form(phrases, parts, homes):
                 homes=[(first, 2, home) for first, home in homes.items()], chords=chords)
     # what a player is late by does not matter
     for late in (0, 0.1):
-        found = data.find_form(song._replace(notes=song.notes + [0, late, late]), frames, 4, True)
+        found = data.find_form(song._replace(notes=song.notes + [0, late, late]), frames, data.PianoRoll(), True)
         assert found == form
     # elsewhere the tonic is not known
-    assert data.find_form(song, frames, 4, False) == form | dict(homes=[])
+    assert data.find_form(song, frames, data.PianoRoll(), False) == form | dict(homes=[])
     # numbers and text that a checkpoint holds
     json.dumps(found)
     rows = data.make_plan(form).tolist()
@@ -1000,7 +1000,7 @@ def test_data_form_tells_of_sixteenths():
             # one note of twenty is not enough, two are
             for count in (1, 2):
                 song.notes[:count, 1] = np.arange(count) + late
-                form = data.find_form(song, np.zeros((80, 177), dtype=np.uint8), 4, True)
+                form = data.find_form(song, np.zeros((80, 177), dtype=np.uint8), data.PianoRoll(), True)
                 assert form['sixteenths'] == (sixteenths and count == 2)
                 told = data.make_plan(form)[0, 4]
                 assert told == (number + form['sixteenths'] if number else 0)
@@ -1008,7 +1008,8 @@ def test_data_form_tells_of_sixteenths():
 
 def test_data_form_of_notes_that_fall_on_one_step():
     song = data.Song('', np.array([[51, 0, 0.2], [51, 0.2, 1]]), metre='4/4', pickup=0.0)
-    assert data.find_form(song, data.PianoRoll(1).encode(song), 1, True)['homes'] == [(0, 1, 1)]
+    roll = data.PianoRoll(1)
+    assert data.find_form(song, roll.encode(song), roll, True)['homes'] == [(0, 1, 1)]
 
 
 @pytest.mark.parametrize('metre, pickup, beat, lines', [
@@ -1017,7 +1018,7 @@ def test_data_form_of_notes_that_fall_on_one_step():
     ('4/4', 0.125, 4, (1, 17))])
 def test_data_form_tells_where_bar_lines_are(metre, pickup, beat, lines):
     song = data.Song('', np.zeros((0, 3)), metre=metre, pickup=pickup)
-    form = data.find_form(song, np.zeros((lines[-1], 177), dtype=np.uint8), beat, True)
+    form = data.find_form(song, np.zeros((lines[-1], 177), dtype=np.uint8), data.PianoRoll(beat), True)
     rows = data.make_plan(form)[:-1]
     assert all(row[3] == min(line for line in lines if line > t) - t for t, row in enumerate(rows))
     assert (rows[:, 4] > 0).all() == (metre in notation.BARS)
@@ -1025,7 +1026,7 @@ def test_data_form_tells_where_bar_lines_are(metre, pickup, beat, lines):
 
 def test_data_form_of_what_has_no_melody():
     song = data.Song('', np.zeros((0, 3)), metre='5/4', pickup=0.0)
-    form = data.find_form(song, np.zeros((6, 177), dtype=np.uint8), 1, True)
+    form = data.find_form(song, np.zeros((6, 177), dtype=np.uint8), data.PianoRoll(1), True)
     assert form == dict(metre='5/4', sixteenths=False, bar=5, pickup=0, parts=[(0, 6)], homes=[], chords=[])
     assert data.make_plan(form)[:, 3:].tolist() == [[bar, 0, 0] for bar in (5, 4, 3, 2, 1, 5, 0)]
 
@@ -1035,7 +1036,8 @@ def test_data_form_has_the_most_common_chords():
     keys = [*range(40), *range(32)]
     notes = [[60, 0, len(keys)]] + [[key, onset, onset + 1] for onset, key in enumerate(keys)]
     song = data.Song('', np.array(notes, dtype=float), metre='4/4', pickup=0.0)
-    form = data.find_form(song, data.PianoRoll(1).encode(song), 1, True)
+    roll = data.PianoRoll(1)
+    form = data.find_form(song, roll.encode(song), roll, True)
     assert set(form['chords']) == set(data.frame_names(np.eye(177, dtype=int)[:32]).tolist())
 
 
@@ -1043,7 +1045,7 @@ def test_data_repeats_of_less_than_8_beats_are_no_parts():
     roll = data.PianoRoll()
     for beats, parts in ((7, 1), (8, 2)):
         song = data_song(*2 * [data_phrase(1, 46, beats)], beats=beats)
-        assert len(data.find_form(song, roll.encode(song), 4, True)['parts']) == parts
+        assert len(data.find_form(song, roll.encode(song), roll, True)['parts']) == parts
 
 
 def test_data_windows_are_told_the_form_of_their_song():
