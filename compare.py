@@ -273,8 +273,9 @@ class Takes:
             if choices and choices[0].frame == t:
                 home = choices.pop(0).home
                 is_new = self.is_new[tune][:t + 1]
-                points = [-math.inf if ended[take] else self.rate(frames[take], is_new, home) for take in takes]
-                takes = takes[[np.argmax(points)]]
+                going = [take for take in takes if not ended[take]] or takes[:1]
+                points = [self.rate(frames[take], is_new, home) for take in going]
+                takes = np.array([going[np.argmax(points)]])
             if len(takes) == 1 and choices and not ended[takes[0]]:
                 takes = takes.repeat(TAKES if choices[0].home else SPARE)
             rows += takes.tolist()
@@ -284,37 +285,41 @@ class Takes:
         return torch.tensor(rows, device=frames.device)
 
     def rate(self, frames, is_new, home):
-        """The points of a take, frames (T, V). It loses the share of its last beats that repeat something where its
-        form is_new (T,), the share with a chord that no training song has, and one for a circle. It gets one if its
-        last melody note has the pitch class home - 1, and then one if these beats are in the common key, of which that
-        is the tonic, and one for the tonic's triad below."""
+        """The points of a take, frames (T, V): those of home_points, less the share of its last beats that repeat
+        something where its form is_new (T,), the share with a chord that no training song has, and one for a circle."""
         frames = frames.cpu().numpy()
         beat = self.representation.beat
         recent = slice(-2 * PHRASE * beat, None)
-        repeats = data.find_repeats(frames, beat) > 0
-        points = -np.mean((repeats & is_new)[recent])
         notes = self.representation.decode(frames[recent])
         if not len(notes):
-            return points
-        melody = notation.is_melody(notes)
-        chords = data.step_names(notes[~melody], beat)
+            return -1       # silence
+        repeats = data.find_repeats(frames, beat) > 0
+        again = (repeats & is_new)[recent]
+        chords = data.step_names(notes[~notation.is_melody(notes)], beat)
         unheard = ~np.isin(chords, self.chords)
-        points -= unheard.sum() / len(frames[recent])
-        points -= circles(data.step_names(notes, GRID))
-        key, onset, _ = notes[melody][-1]
-        if home == 1 + (key + notation.LOWEST) % 12:
-            sharps, _ = notation.estimate_key(notes)
-            sounding = notes[~melody & sounds_at(onset, notes), 0]
-            chord = set((sounding - key) % 12)
-            points += 1
-            points += sharps == 0
-            points += {0, 7} <= chord <= {0, 3, 4, 7}
-        return points
+        faults = again.mean() + unheard.sum() / len(again) + circles(data.step_names(notes, GRID))
+        return home_points(notes, home) - faults
 
     def one_of_each(self, composed):
         """Of what was composed each tune once."""
         _, rows = np.unique(self.tune_of_row, return_index=True)
         return [composed[row] for row in rows]
+
+
+def home_points(notes, home):
+    """One if the last melody note has the pitch class home - 1, and then one if the notes (N, 3) are in the common key,
+    of which that is the tonic, and one for the tonic's triad below."""
+    melody = notation.is_melody(notes)
+    key, onset, _ = notes[melody][-1]
+    if home != 1 + (key + notation.LOWEST) % 12:
+        return 0
+    sharps, _ = notation.estimate_key(notes)
+    sounding = notes[~melody & sounds_at(onset, notes), 0]
+    chord = set((sounding - key) % 12)
+    points = 1
+    points += sharps == 0
+    points += {0, 7} <= chord <= {0, 3, 4, 7}
+    return points
 
 
 def check_size(args, representation):
