@@ -150,12 +150,12 @@ def repeats(steps):
     return mean(again)
 
 
-def circles(steps):
+def circles(steps, beat=GRID):
     """1 if something of eight beats or less comes three times in a row or more, for twelve beats or more, else 0."""
-    longest = min(8 * GRID, len(steps) - 1)
+    longest = min(8 * beat, len(steps) - 1)
     for lag in range(1, longest + 1):
         same = steps[lag:] == steps[:-lag]
-        needed = max(2 * lag, 12 * GRID - lag)
+        needed = max(2 * lag, 12 * beat - lag)
         in_a_row = np.convolve(same, np.ones(needed))
         if in_a_row.max() > needed - 0.5:
             return 1
@@ -246,8 +246,8 @@ class Choice(NamedTuple):
 
 class Takes:
     """Composes each tune in several rows, as `go_on` of Model.compose: TAKES in the PHRASE beats before its form comes
-    home, else SPARE. When they are over, one row goes on: the first with most points, see rate, that has not ended.
-    forms: what the tunes are told; songs: the forms of all training songs."""
+    home, else SPARE. When they are over one row goes on: of those that have not ended and come home best the first with
+    the fewest faults. forms: what the tunes are told; songs: the forms of all training songs."""
 
     def __init__(self, representation, forms, songs):
         self.representation = representation
@@ -274,8 +274,9 @@ class Takes:
                 home = choices.pop(0).home
                 is_new = self.is_new[tune][:t + 1]
                 going = [take for take in takes if not ended[take]] or takes[:1]
-                points = [self.rate(frames[take], is_new, home) for take in going]
-                takes = np.array([going[np.argmax(points)]])
+                points = [self.home_points(frames[take], home) for take in going]
+                best = [take for take, count in zip(going, points) if count == max(points)]
+                takes = np.array([min(best, key=lambda take: self.faults(frames[take], is_new))])
             if len(takes) == 1 and choices and not ended[takes[0]]:
                 takes = takes.repeat(TAKES if choices[0].home else SPARE)
             rows += takes.tolist()
@@ -284,42 +285,44 @@ class Takes:
         self.tune_of_row = self.tune_of_row[rows]
         return torch.tensor(rows, device=frames.device)
 
-    def rate(self, frames, is_new, home):
-        """The points of a take, frames (T, V): those of home_points, less the share of its last beats that repeat
-        something where its form is_new (T,), the share with a chord that no training song has, and one for a circle."""
-        frames = frames.cpu().numpy()
+    def recent(self, frames):
+        """The last two phrases of a take, frames (T, V), as such and as notes."""
+        recent = frames[-2 * PHRASE * self.representation.beat:].cpu().numpy()
+        return recent, self.representation.decode(recent)
+
+    def home_points(self, frames, home):
+        """How well a take, frames (T, V), comes home: one point if its last melody note has the pitch class home - 1,
+        and then one if it is in the common key, of which that is the tonic, and one for the tonic's triad below."""
+        _, notes = self.recent(frames)
+        if not home or not len(notes):
+            return 0
+        melody = notation.is_melody(notes)
+        key, onset, _ = notes[melody][-1]
+        if home != 1 + (key + notation.LOWEST) % 12:
+            return 0
+        sharps, _ = notation.estimate_key(notes)
+        sounding = notes[~melody & sounds_at(onset, notes), 0]
+        chord = set((sounding - key) % 12)
+        points = 1
+        points += sharps == 0
+        points += {0, 7} <= chord <= {0, 3, 4, 7}
+        return points
+
+    def faults(self, frames, is_new):
+        """The share of the last beats of a take, frames (T, V), that repeat something where its form is_new (T,), the
+        share with a chord that no training song has, and one for a circle."""
         beat = self.representation.beat
-        recent = slice(-2 * PHRASE * beat, None)
-        notes = self.representation.decode(frames[recent])
-        if not len(notes):
-            return -1       # silence
-        repeats = data.find_repeats(frames, beat) > 0
-        again = (repeats & is_new)[recent]
+        recent, notes = self.recent(frames)
+        repeats = data.find_repeats(frames.cpu().numpy(), beat) > 0
+        again = (repeats & is_new)[-len(recent):]
         chords = data.step_names(notes[~notation.is_melody(notes)], beat)
         unheard = ~np.isin(chords, self.chords)
-        faults = again.mean() + unheard.sum() / len(again) + circles(data.step_names(notes, GRID))
-        return home_points(notes, home) - faults
+        return again.mean() + unheard.sum() / len(recent) + circles(data.frame_names(recent), beat)
 
     def one_of_each(self, composed):
         """Of what was composed each tune once."""
         _, rows = np.unique(self.tune_of_row, return_index=True)
         return [composed[row] for row in rows]
-
-
-def home_points(notes, home):
-    """One if the last melody note has the pitch class home - 1, and then one if the notes (N, 3) are in the common key,
-    of which that is the tonic, and one for the tonic's triad below."""
-    melody = notation.is_melody(notes)
-    key, onset, _ = notes[melody][-1]
-    if home != 1 + (key + notation.LOWEST) % 12:
-        return 0
-    sharps, _ = notation.estimate_key(notes)
-    sounding = notes[~melody & sounds_at(onset, notes), 0]
-    chord = set((sounding - key) % 12)
-    points = 1
-    points += sharps == 0
-    points += {0, 7} <= chord <= {0, 3, 4, 7}
-    return points
 
 
 def check_size(args, representation):

@@ -3674,7 +3674,8 @@ def test_compare_rates_takes():
     major = [*rng.permutation(scale), *rng.permutation(scale), *rng.permutation(scale), 39, 43, 46]
     sharp = [key + 1 for key in major]
     rows = compare_heard(154, major + [51], sharp + [51], sharp + [52])
-    assert [takes.rate(row, told, 1) for row in rows] == [2, 1, 0]
+    assert [takes.home_points(row, 1) for row in rows] == [2, 1, 0]
+    assert [takes.home_points(row, home) for row, home in zip(rows, (0, 10, 2))] == [0, 0, 1]
     # the triad of the tonic, major or minor, with one of its notes left out or not, struck with it or before
     for chord, points in (([27, 31, 34], 3), ([27, 30, 34], 3), ([27, 34], 3), ([27, 31], 2), ([24, 27, 31], 2),
                           ([27, 31, 34, 37], 2)):
@@ -3686,28 +3687,26 @@ def test_compare_rates_takes():
             frames, = compare_heard(154, major + [51])
             frames[-4 * beats, chord] = 1
             frames[1 - 4 * beats:, [88 + key for key in chord]] = 1
-            takes.chords = known
-            assert takes.rate(frames, told, 1) == points
-            # each of its steps counts if no song has it
-            takes.chords = known[1:]
-            assert takes.rate(frames, told, 1) == points - 1 / 128
-            takes.chords = known[2:]
-            assert takes.rate(frames, told, 1) == points - 4 * beats / 128
+            assert takes.home_points(frames, 1) == points
+            # each of its steps is a fault if no song has it
+            for heard, strange in ((known, 0), (known[1:], 1), (known[2:], 4 * beats)):
+                takes.chords = heard
+                assert takes.faults(frames, told) == strange / 128
             # one that is over before is none
-            takes.chords = known
             frames[-6:, [88 + key for key in chord]] *= beats == 1
-            assert takes.rate(frames, told, 1) == (points if beats == 1 else 2)
+            assert takes.home_points(frames, 1) == (points if beats == 1 else 2)
     # 8 of the last 32 beats repeat what stood 24 beats before; the form says so of all, of none, or of 6
     line = rng.permutation(range(40, 70)).tolist()
     again, = compare_heard(154, line + line[6:14])
-    assert takes.rate(again, told, 1) == 0
-    assert takes.rate(again, ~told, 1) == -8 / 32
+    assert takes.faults(again, told) == 0
+    assert takes.faults(again, ~told) == 8 / 32
     told[:-24] = True
-    assert takes.rate(again, told, 1) == -2 / 32
+    assert takes.faults(again, told) == 2 / 32
     # a circle where the form has one, too; and silence
     circle, = compare_heard(154, 8 * [40, 43])
-    assert takes.rate(circle, told & False, 1) == -1
-    assert takes.rate(torch.zeros(154, 177, dtype=torch.uint8), told & False, 1) == -1
+    assert takes.faults(circle, told & False) == 1
+    silence = torch.zeros(154, 177, dtype=torch.uint8)
+    assert takes.home_points(silence, 1) == 0 and takes.faults(silence, told & False) == 1
 
 
 def test_compare_takes_come_home(monkeypatch):
@@ -3749,10 +3748,10 @@ def test_compare_composes_in_takes(monkeypatch):
     roll = data.PianoRoll()
     heard = []
     counts = []
-    rate = compare.Takes.rate
+    points = compare.Takes.home_points
     forward = Model.forward
     monkeypatch.setattr(compare, 'TAKES', 3)
-    monkeypatch.setattr(compare.Takes, 'rate', lambda *words: heard.append(len(words[1])) or rate(*words))
+    monkeypatch.setattr(compare.Takes, 'home_points', lambda *words: heard.append(len(words[1])) or points(*words))
     monkeypatch.setattr(Model, 'forward', lambda self, frames, *more: counts.append(len(frames)) or
                         forward(self, frames, *more))
     torch.manual_seed(0)
