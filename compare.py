@@ -69,7 +69,7 @@ def features(notes, ended):
     leaps = np.abs(np.diff(melody[:, 0]))
     onsets = np.unique(notes[:, 1])
     steps = data.step_names(notes, GRID)
-    below = data.PianoRoll(GRID).encode(Song('', chords)).any(1)
+    below = data.step_names(chords, GRID) > 0
     beats = notes[:, 2].max()
     bar, pickup = notation.estimate_metre(notes)
     after_bar_line = (beats - pickup + 0.01) % bar
@@ -186,6 +186,7 @@ def compose(model, representation, opening, count, args, generator, forms=()):
     drawn = []
     if not len(opening):                            # a person's own beginning has a form of its own
         drawn = draw_forms(forms, count, length, at_least, generator)
+    known = np.unique([name for form in forms for name in form['chords']])
     tunes = []
     total = 0
     for begin in range(0, count, SIDE_BY_SIDE):
@@ -193,7 +194,7 @@ def compose(model, representation, opening, count, args, generator, forms=()):
         plans = takes = None
         if drawn:
             told = drawn[begin:begin + SIDE_BY_SIDE]
-            takes = Takes(representation, told, forms)
+            takes = Takes(representation, told, known)
             plans = make_plans(told, length).to(device)
         composed = model.compose(prompts, length, args.temperature, top_p, generator, at_least, plans, takes)
         if takes:
@@ -247,14 +248,14 @@ class Choice(NamedTuple):
 class Takes:
     """Composes each tune in several rows, as `go_on` of Model.compose: TAKES in the PHRASE beats before its form comes
     home, else SPARE. When they are over one row goes on: of those that have not ended and come home best the first with
-    the fewest faults. forms: what the tunes are told; songs: the forms of all training songs."""
+    the fewest faults. forms: what the tunes are told; chords: the names of those that some training song has."""
 
-    def __init__(self, representation, forms, songs):
+    def __init__(self, representation, forms, chords):
         self.representation = representation
         self.tune_of_row = np.arange(len(forms))
         self.choices = [self.when_to_choose(form) for form in forms]
         self.is_new = [data.make_plan(form)[:-1, 0] == 1 for form in forms]     # (T,) of each: is nothing repeated?
-        self.chords = np.unique([name for form in songs for name in form['chords']])
+        self.chords = chords
 
     def when_to_choose(self, form):
         """The Choices for a tune of this form, in order of time."""
@@ -276,7 +277,8 @@ class Takes:
                 going = [take for take in takes if not ended[take]] or takes[:1]
                 points = [self.home_points(frames[take], home) for take in going]
                 best = [take for take, count in zip(going, points) if count == max(points)]
-                takes = np.array([min(best, key=lambda take: self.faults(frames[take], is_new))])
+                take = min(best, key=lambda take: self.faults(frames[take], is_new))
+                takes = np.array([take])
             if len(takes) == 1 and choices and not ended[takes[0]]:
                 takes = takes.repeat(TAKES if choices[0].home else SPARE)
             rows += takes.tolist()
@@ -293,8 +295,10 @@ class Takes:
     def home_points(self, frames, home):
         """How well a take, frames (T, V), comes home: one point if its last melody note has the pitch class home - 1,
         and then one if it is in the common key, of which that is the tonic, and one for the tonic's triad below."""
+        if not home:
+            return 0
         _, notes = self.recent(frames)
-        if not home or not len(notes):
+        if not len(notes):
             return 0
         melody = notation.is_melody(notes)
         key, onset, _ = notes[melody][-1]
