@@ -854,7 +854,9 @@ def intervals(notes, steps_per_beat):
     Its lower 16 bits are the steps since the strike before, the others name (by a checksum) the keys that are struck,
     counted from the highest key of the strike before. It tells what is struck when, not how long it is held."""
     steps = np.floor(notes[:, :2] * [1, steps_per_beat] + 0.5).astype(np.int64)
-    strikes = [(step, np.sort(steps[steps[:, 1] == step, 0])) for step in np.unique(steps[:, 1])]
+    keys, onsets = steps[np.lexsort((steps[:, 0], steps[:, 1]))].T
+    times, first = np.unique(onsets, return_index=True)
+    strikes = zip(times, np.split(keys, first[1:]))
     tune = []
     for (before, last), (step, keys) in itertools.pairwise(strikes):
         name = zlib.crc32((keys - last[-1]).tobytes())

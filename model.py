@@ -811,8 +811,7 @@ def load_checkpoint(path, device='cpu'):
         checkpoint = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
         if checkpoint['version'] != VERSION:
             raise ValueError(f'it is of version {checkpoint["version"]}, this code reads {VERSION}')
-        with torch.device('meta'):
-            model = Model(Config(**checkpoint['config']))
+        model = Model(Config(**checkpoint['config']))
         # a copy, since torch notes 'assign' in the dictionary it gets
         model.load_state_dict(dict(checkpoint['model']), assign=True)
         if not all(p.isfinite().all() for p in model.parameters()):

@@ -105,10 +105,13 @@ def describe(device):
     return find_kernel(torch.device(device))[1]
 
 
-@torch.compiler.assume_constant_result
 def has_kernel(device):
     """Whether this torch.device has a kernel that works."""
     return find_kernel(device)[0]
+
+
+# what torch.compiler.assume_constant_result says to torch.compile; that would import the compiler, which takes a second
+has_kernel._dynamo_marked_constant = True
 
 
 # the first use may be while composing, where gradients are off
@@ -185,7 +188,7 @@ def measure_error(run, *inputs):
         *leaves, g = (x.to(dtype).requires_grad_() for x in inputs)
         _, state, *_ = function(*leaves, fresh_state(g))
         y, *_ = function(*leaves, state.detach())
-        results.append([y, *torch.autograd.grad(y, leaves, g)])
+        results.append([y, *torch.autograd.grad((y * g).sum(), leaves)])
     errors = [(x - exact).norm() / exact.norm() for x, exact in zip(*results)]
     # a tensor's max lets NaN through
     return torch.stack(errors).max().item()
@@ -261,16 +264,19 @@ def launch_backward(w, u, k, v, saved, g):
     return dw.sum((0, 1)), du.sum((0, 1)), dk, dv
 
 
-kernel_forward = torch.library.custom_op(
-    'wkv::forward', launch_forward, mutates_args=(),
-    schema='(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state) -> (Tensor y, Tensor last, Tensor saved)')
-kernel_backward = torch.library.custom_op(
-    'wkv::backward', launch_backward, mutates_args=(),
-    schema='(Tensor w, Tensor u, Tensor k, Tensor v, Tensor saved, Tensor g) -> (Tensor, Tensor, Tensor, Tensor)')
-kernel_forward.register_fake(allocate)
-kernel_backward.register_fake(lambda *inputs: [x.new_empty(x.shape) for x in inputs[:4]])
-kernel_forward.register_autograd(
-    lambda ctx, g, *_: (*kernel_backward(*ctx.saved_tensors, g), None),
+# Operators, for autograd and torch.compile. torch.library.custom_op makes such ones, too, but imports the compiler
+FORWARD = '(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state) -> (Tensor, Tensor, Tensor)'
+BACKWARD = '(Tensor w, Tensor u, Tensor k, Tensor v, Tensor saved, Tensor g) -> (Tensor, Tensor, Tensor, Tensor)'
+torch.library.define('wkv::forward', FORWARD)
+torch.library.define('wkv::backward', BACKWARD)
+torch.library.impl('wkv::forward', 'default', launch_forward)
+torch.library.impl('wkv::backward', 'default', launch_backward)
+kernel_forward = torch.ops.wkv.forward
+kernel_backward = torch.ops.wkv.backward
+torch.library.register_fake('wkv::forward', allocate)
+torch.library.register_fake('wkv::backward', lambda *inputs: [x.new_empty(x.shape) for x in inputs[:4]])
+torch.library.register_autograd(
+    'wkv::forward', lambda ctx, g, *_: (*kernel_backward(*ctx.saved_tensors, g), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:4], output[2]))
 
 
