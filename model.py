@@ -65,7 +65,8 @@ class Dropout(nn.Module):
             return x
         B, _, C = x.shape
         keep = torch.rand(B, 1, C, device=x.device) >= self.p
-        return x * (keep / (1 - self.p)).to(x.dtype)
+        factor = keep / (1 - self.p)
+        return x * factor.to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,11 +121,14 @@ class LSTMBlock(nn.Module):
         nn.init.zeros_(self.lstm.bias_ih_l0)
         nn.init.zeros_(self.lstm.bias_hh_l0)
         # the forget gate starts open: remember at first (Jozefowicz et al. 2015)
-        nn.init.ones_(self.lstm.bias_ih_l0.detach()[C:2 * C])
+        forget_bias = self.lstm.bias_ih_l0.detach()[C:2 * C]
+        nn.init.ones_(forget_bias)
 
     def forward(self, x, state):
-        memory = None if state is None else tuple(part.unsqueeze(0) for part in state)
-        out, (h, c) = self.lstm(self.ln(x), memory)
+        if state is not None:
+            state = tuple(part.unsqueeze(0) for part in state)
+        out, state = self.lstm(self.ln(x), state)
+        h, c = state
         return x + self.drop(out), (h.squeeze(0), c.squeeze(0))
 
 
@@ -156,18 +160,19 @@ class TimeMix(nn.Module):
         C = config.n_embd
         channel = torch.arange(C)
         depth = layer / max(1, config.n_layer - 1)      # 0 at the bottom, 1 at the top
-        ramp = layer / config.n_layer                   # 0 at the bottom, almost 1 at the top
+        below = 1 - layer / config.n_layer              # 1 at the bottom, almost 0 at the top
         # each channel starts with its own memory: w from e^-5 (over a hundred frames) to e^3 (the frame before) ...
         place = channel / max(1, C - 1)
-        self.time_decay = nn.Parameter(-5 + 8 * place ** (0.7 + 1.3 * depth))
+        curve = 0.7 + 1.3 * depth
+        self.time_decay = nn.Parameter(-5 + 8 * place ** curve)
         # ... its own weight for the present frame, in a zigzag so that neighbours differ ...
         zigzag = (channel + 1) % 3 - 1.0
         self.time_first = nn.Parameter(math.log(0.3) + 0.5 * zigzag)
         # ... and its own share of the present frame; the rest comes from the frame before
         mix = channel / C
-        self.time_mix_k = nn.Parameter(mix ** (1 - ramp))
-        self.time_mix_v = nn.Parameter(mix ** (1 - ramp) + 0.3 * depth)
-        self.time_mix_r = nn.Parameter(mix ** (0.5 * (1 - ramp)))
+        self.time_mix_k = nn.Parameter(mix ** below)
+        self.time_mix_v = nn.Parameter(mix ** below + 0.3 * depth)
+        self.time_mix_r = nn.Parameter(mix ** (0.5 * below))
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
         self.receptance = nn.Linear(C, C, bias=False)
@@ -184,7 +189,8 @@ class TimeMix(nn.Module):
         k = self.key(token_mix(before, x, self.time_mix_k))
         v = self.value(token_mix(before, x, self.time_mix_v))
         r = self.receptance(token_mix(before, x, self.time_mix_r))
-        y, memory = wkv(self.time_decay.exp(), self.time_first, k, v, memory)
+        w = self.time_decay.exp()
+        y, memory = wkv(w, self.time_first, k, v, memory)
         out = self.output(torch.sigmoid(r) * y)
         return out, (x[:, -1:], memory)
 
@@ -201,7 +207,8 @@ class ChannelMix(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
-        mix = (torch.arange(C) / C) ** (1 - layer / config.n_layer)
+        below = 1 - layer / config.n_layer              # as in TimeMix
+        mix = (torch.arange(C) / C) ** below
         self.time_mix_k = nn.Parameter(mix.clone())
         self.time_mix_r = nn.Parameter(mix.clone())
         self.key = nn.Linear(C, 4 * C, bias=False)
@@ -216,7 +223,8 @@ class ChannelMix(nn.Module):
         before = token_shift(x, last)
         k = self.key(token_mix(before, x, self.time_mix_k))
         r = self.receptance(token_mix(before, x, self.time_mix_r))
-        out = torch.sigmoid(r) * self.value(torch.relu(k).square())
+        hidden = torch.relu(k).square()
+        out = torch.sigmoid(r) * self.value(hidden)
         return out, x[:, -1:]
 
 
@@ -248,11 +256,13 @@ def rotate(x, first):
     # float64: after an hour of music a position has too many digits for the sine in float32
     position = first + torch.arange(T, dtype=torch.float64)
     j = torch.arange(D // 2, dtype=torch.float64)
-    angle = position.unsqueeze(1) / 10000 ** (2 * j / D)            # (T, D/2)
+    slowness = 10000 ** (2 * j / D)
+    angle = position.unsqueeze(1) / slowness                        # (T, D/2)
     cos = angle.cos().to(x)
     sin = angle.sin().to(x)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    turned = a * cos - b * sin, a * sin + b * cos
+    return torch.cat(turned, dim=-1)
 
 
 def count_heads(C):
@@ -286,17 +296,21 @@ class Attention(nn.Module):
 
     def split(self, x):
         """x (B, T, C) -> (B, heads, T, D)"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads = x.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)
 
     def forward(self, x, state):
         T = x.shape[1]
         past, first = state or (None, 0)                # first: the place of the first of these frames
-        q = rotate(self.split(self.query(x)), first)
-        k = rotate(self.split(self.key(x)), first)
+        q = self.split(self.query(x))
+        k = self.split(self.key(x))
         v = self.split(self.value(x))
+        q = rotate(q, first)
+        k = rotate(k, first)
         if past is not None:
-            k = torch.cat((past[0].to(k.dtype), k), dim=2)
-            v = torch.cat((past[1].to(v.dtype), v), dim=2)
+            past_k, past_v = past
+            k = torch.cat((past_k.to(k.dtype), k), dim=2)
+            v = torch.cat((past_v.to(v.dtype), v), dim=2)
         S = k.shape[2]                                  # frames that can be seen
         if S == T and T <= self.window:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -326,7 +340,8 @@ class SwiGLU(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, x):
-        return self.output(F.silu(self.gate(x)) * self.input(x))
+        gate = F.silu(self.gate(x))
+        return self.output(gate * self.input(x))
 
 
 class TransformerBlock(nn.Module):
@@ -343,9 +358,12 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, state):
         dtype = self.norm1.weight.dtype                 # autocast leaves the type of a mean square to us
-        out, state = self.att(self.norm1(x.to(dtype)), state)
+        normed = self.norm1(x.to(dtype))
+        out, state = self.att(normed, state)
         x = x + self.drop(out)
-        return x + self.drop(self.ffn(self.norm2(x.to(dtype)))), state
+        normed = self.norm2(x.to(dtype))
+        out = self.ffn(normed)
+        return x + self.drop(out), state
 
 
 ARCHITECTURES = dict(rnn=RNNBlock, lstm=LSTMBlock, rwkv=RWKVBlock, transformer=TransformerBlock)
@@ -358,8 +376,9 @@ def count_since(reset, passed, before):
     """A count that goes on with time and that a reset sets to 0: reset (B, T, ..) bool, passed (.., T, ..) the time
     from before these frames to each of them, rising, before (B, ..) the count there -> (B, T, ..)."""
     count = before.unsqueeze(1) + passed
-    at_reset = torch.where(reset, count, 0).cummax(dim=1).values
-    return count - at_reset
+    at_resets = torch.where(reset, count, 0)
+    at_the_last = at_resets.cummax(dim=1).values
+    return count - at_the_last
 
 
 class Clock(nn.Module):
@@ -376,15 +395,18 @@ class Clock(nn.Module):
     def __init__(self, config, counts=1):
         super().__init__()
         self.beat = config.beat
-        self.position = nn.Linear(2 * len(self.beats) * counts, config.n_embd, bias=False)
+        hands = 2 * len(self.beats) * counts
+        self.position = nn.Linear(hands, config.n_embd, bias=False)
         nn.init.zeros_(self.position.weight)            # at first no clock is read
 
     def forward(self, n):
         """n (B, T, counts), or (B, T) for one count -> (B, T, C)."""
-        turns = 1 / (self.beat * torch.tensor(self.beats, device=n.device))
-        angle = 2 * math.pi * (n.unsqueeze(-1) * turns % 1)
-        hands = torch.cat((angle.cos(), angle.sin()), dim=-1).flatten(2)
-        return self.position(hands.to(self.position.weight.dtype))
+        steps = self.beat * torch.tensor(self.beats, device=n.device)
+        turned = n.unsqueeze(-1) * (1 / steps) % 1
+        angle = 2 * math.pi * turned
+        hands = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        hands = hands.flatten(2).to(self.position.weight.dtype)
+        return self.position(hands)
 
 
 class Form(nn.Module):
@@ -412,7 +434,8 @@ class Form(nn.Module):
         told."""
         back, *_, metre, home = plan.unbind(-1)
         told = (back > 0).unsqueeze(-1)
-        x = self.back(back) + self.metre(metre) + self.left(plan[..., 1:4])
+        left = plan[..., 1:4]
+        x = self.back(back) + self.metre(metre) + self.left(left)
         return told * x, told * self.home(home)
 
 
@@ -446,41 +469,48 @@ class Lookback(nn.Module):
 
     def names(self, frames):
         """A number of 64 bits for each frame (B, T, V) -> (B, T), the same for equal frames: sum_v frame_v a^(v+1)."""
-        powers = torch.full(frames.shape[-1:], 6364136223846793005, device=frames.device).cumprod(0)
-        return (frames * powers).sum(-1)
+        V = frames.shape[-1]
+        a = torch.full((V,), 6364136223846793005, device=frames.device)
+        return (frames * a.cumprod(0)).sum(-1)
 
     def matches(self, names, age):
         """Step 1: names (B, W + T) of all frames seen, age (B, T) frames since the boundary -> (B, T, W) bool."""
         T = age.shape[1]
         before = names.unfold(1, self.W, 1)[:, :T]      # (B, T, W): the W frames before each
-        same = before == names[:, self.W:].unsqueeze(2)
+        now = names[:, self.W:]
+        same = before == now.unsqueeze(2)
         lags = torch.arange(self.W, 0, -1, device=names.device)
         in_this_tune = lags <= age.unsqueeze(2)
         return same & in_this_tune
 
     def runs(self, match, before):
         """Step 2: match (B, T, W), before (B, W) the runs before these frames -> (B, T, W)."""
-        passed = torch.arange(1, match.shape[1] + 1, device=match.device).unsqueeze(1)
-        return count_since(~match, passed, before)
+        T = match.shape[1]
+        passed = torch.arange(1, T + 1, device=match.device)
+        return count_since(~match, passed.unsqueeze(1), before)
 
     def tell(self, run):
         """What the blocks are told of the runs (B, T, W) -> (B, T, C)."""
-        return self.run(run.to(self.run.weight.dtype).log1p())
+        run = run.to(self.run.weight.dtype)
+        return self.run(run.log1p())
 
     def forward(self, h, run, age, seen):
         """Step 3: h (B, T, C) from the blocks, run (B, T, W), age (B, T), seen (B, W + T, V) all frames -> recall."""
         B, T, W = run.shape
-        trust = self.trust * run.to(self.trust.dtype).log1p()
+        run = run.to(self.trust.dtype)
+        trust = self.trust * run.log1p()
         scores = self.lag(self.ln(h)) + F.pad(trust, (1, 0))                    # (B, T, 1 + W)
         p = scores.softmax(-1)[..., 1:]
         lags = torch.arange(W, 0, -1, device=h.device)
-        p = p * (lags <= age.unsqueeze(2) + 1)                                  # not what came before the boundary
+        in_this_tune = lags <= age.unsqueeze(2) + 1
+        p = p * in_this_tune
         # Row t of p belongs to the frames t + 1 .. t + W of seen. Rows of W + T + 1 read as rows of W + T slide to the
         # right by one more each (the skewing of Huang et al. 2018), and one product adds the frames up
         slid = F.pad(p, (0, T + 1)).flatten(1)
         slid = slid[:, :T * (W + T)].view(B, T, W + T)
         weights = slid[..., :-1].to(h.dtype)
-        return self.recall(weights @ seen[:, 1:].to(h.dtype))
+        recalled = weights @ seen[:, 1:].to(h.dtype)
+        return self.recall(recalled)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,10 +523,11 @@ def choose(logits, temperature, top_p, generator):
     p, order = p.sort(dim=-1, descending=True)
     total = p.cumsum(-1)
     # the nucleus ends with the first that brings the total to top_p
-    nucleus = total.where(total - p < top_p, 0).amax(-1, keepdim=True)
+    inside = total - p < top_p
+    nucleus = total.where(inside, 0).amax(-1, keepdim=True)
     # a random point below that lies in the share of one of them
-    point = nucleus * torch.rand(nucleus.shape, generator=generator, device=logits.device)
-    rank = (total <= point).sum(-1, keepdim=True)
+    chance = torch.rand(nucleus.shape, generator=generator, device=logits.device)
+    rank = (total <= nucleus * chance).sum(-1, keepdim=True)
     return order.gather(-1, rank).squeeze(-1)
 
 
@@ -516,22 +547,26 @@ class SoftmaxHead(LinearHead):
 
     def nll(self, logits, frames):
         units = frames.argmax(-1)
-        loss = F.cross_entropy(logits.flatten(0, -2).float(), units.flatten(), reduction='none')
+        logits = logits.flatten(0, -2).float()
+        loss = F.cross_entropy(logits, units.flatten(), reduction='none')
         return loss.view(units.shape)
 
     def sample(self, logits, temperature=1.0, top_p=1.0, generator=None, may_end=True):
         logits = logits.float()
         if not may_end:
-            logits = F.pad(logits[..., :-1], (0, 1), value=-math.inf)
+            others = logits[..., :-1]
+            logits = F.pad(others, (0, 1), value=-math.inf)
         unit = choose(logits, temperature, top_p, generator)
-        return F.one_hot(unit, logits.shape[-1]).to(torch.uint8)
+        frame = F.one_hot(unit, logits.shape[-1])
+        return frame.to(torch.uint8)
 
 
 class BernoulliHead(LinearHead):
     """Each unit on its own: p(frame) = prod_v sigmoid(logit_v)^frame_v (1 - sigmoid(logit_v))^(1 - frame_v)."""
 
     def nll(self, logits, frames):
-        loss = F.binary_cross_entropy_with_logits(logits.float(), frames.float(), reduction='none')
+        targets = frames.float()
+        loss = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction='none')
         return loss.sum(-1)
 
     def sample(self, logits, temperature=1.0, top_p=1.0, generator=None, may_end=True):
@@ -572,27 +607,32 @@ class ChordHead(nn.Module):
         """hidden (M, C) with the chosen units in it, last (M,) the highest of them or -1 -> (M, V + 1)."""
         logits = self.out(F.gelu(hidden)).float()
         choices = torch.arange(logits.shape[-1], device=logits.device)
-        return logits.masked_fill(choices <= last.unsqueeze(-1), -math.inf)
+        passed = choices <= last.unsqueeze(-1)
+        return logits.masked_fill(passed, -math.inf)
 
     def nll(self, h, frames):
         *shape, V = frames.shape
         h = h.flatten(0, -2)
         frames = frames.flatten(0, -2)
         # one row for every choice of every frame: (frame, choice) in reading order, "done" is choice V
-        frame, choice = F.pad(frames, (0, 1), value=1).nonzero(as_tuple=True)           # (M,), (M,)
+        choices = F.pad(frames, (0, 1), value=1)
+        frame, choice = choices.nonzero(as_tuple=True)                                  # (M,), (M,)
         first = torch.ones_like(frame, dtype=torch.bool)
         first[1:] = frame[1:] != frame[:-1]
         last = torch.where(first, -1, choice.roll(1))
         # in whole blocks of rows: for every new number of rows a CPU's matrix library makes, and keeps, new code
         M = len(frame)
-        rows = F.pad(frame, (0, -M % 512))
-        choice = F.pad(choice, (0, -M % 512), value=V)
-        last = F.pad(last, (0, -M % 512), value=-1)
+        spare = -M % 512
+        rows = F.pad(frame, (0, spare))
+        choice = F.pad(choice, (0, spare), value=V)
+        last = F.pad(last, (0, spare), value=-1)
         # index_select, since the backward of h[rows] would take three times as long
-        lower = torch.arange(V, device=h.device) < choice.unsqueeze(-1)
+        units = torch.arange(V, device=h.device)
+        lower = units < choice.unsqueeze(-1)
         chosen = frames.index_select(0, rows) * lower                                   # (M, V): units taken so far
         hidden = h.index_select(0, rows) + self.chosen(chosen.to(h.dtype))
-        loss = F.cross_entropy(self.logits(hidden, last), choice, reduction='none')[:M]
+        logits = self.logits(hidden, last)
+        loss = F.cross_entropy(logits, choice, reduction='none')[:M]
         nats = loss.new_zeros(len(frames)).index_add(0, frame, loss)
         return nats.view(shape)
 
@@ -651,7 +691,8 @@ class Model(nn.Module):
         self.look = Lookback(config) if config.lookback else None
         self.ln_in = nn.LayerNorm(C)
         block = ARCHITECTURES[config.arch]
-        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
+        blocks = [block(config, layer) for layer in range(config.n_layer)]
+        self.blocks = nn.ModuleList(blocks)
         self.ln_out = nn.LayerNorm(C)
         self.head = HEADS[config.head](config)
 
@@ -671,15 +712,16 @@ class Model(nn.Module):
 
     def advance(self, frames, state):
         """time and age (B, T) at each frame of frames (B, T, V)."""
+        T = frames.shape[1]
         boundary = frames[..., -1] > 0
-        passed = torch.arange(1, frames.shape[1] + 1, device=frames.device)
+        passed = torch.arange(1, T + 1, device=frames.device)
         # where each frame is a step, both are the same
         age = time = count_since(boundary, passed, state.age)
         if self.config.shift:
             shifts = frames[..., self.config.shift:-1]
             steps = torch.arange(1, shifts.shape[-1] + 1, device=frames.device)
-            passed = (shifts * steps).sum(-1).cumsum(1)
-            time = count_since(boundary, passed, state.time)
+            taken = (shifts * steps).sum(-1)
+            time = count_since(boundary, taken.cumsum(1), state.time)
         return time, age
 
     def forward(self, frames, state=None, plan=None):
@@ -697,7 +739,8 @@ class Model(nn.Module):
             x = x + told
         if self.look:
             seen = torch.cat((state.past, frames), dim=1)
-            names = torch.cat((state.names, self.look.names(frames)), dim=1)
+            new_names = self.look.names(frames)
+            names = torch.cat((state.names, new_names), dim=1)
             match = self.look.matches(names, age)
             run = self.look.runs(match, state.run)
             x = x + self.look.tell(run)
@@ -710,7 +753,9 @@ class Model(nn.Module):
         if self.look:
             x = x + self.look(x, run, age, seen)
             W = self.look.W
-            state = state._replace(past=seen[:, -W:], names=names[:, -W:], run=run[:, -1])
+            past = seen[:, -W:]
+            names = names[:, -W:]
+            state = state._replace(past=past, names=names, run=run[:, -1])
         out = self.head(self.ln_out(x + home))
         return out, state
 
@@ -718,7 +763,8 @@ class Model(nn.Module):
         """Mean nats a frame of windows from anywhere in tunes: frames (B, T + 1, V); for the rest see start."""
         state = self.start(frames, past, age, time)
         out, _ = self(frames[:, :-1], state, plan)
-        return self.head.nll(out, frames[:, 1:]).mean()
+        targets = frames[:, 1:]
+        return self.head.nll(out, targets).mean()
 
     @torch.no_grad()
     def nats(self, frames):
@@ -751,24 +797,29 @@ class Model(nn.Module):
         at_once = max(1, 4096 // B)             # looking back takes memory for each frame
         for begin in range(0, P, at_once):
             end = min(begin + at_once, P)
-            out, state = self(prompt[:, begin:end], state, told(begin, end))
+            piece = prompt[:, begin:end]
+            out, state = self(piece, state, told(begin, end))
         frames = torch.empty(B, length, V, dtype=torch.uint8, device=prompt.device)
         ends = torch.full((B,), length, device=prompt.device)
         for t in range(length):
-            frame = self.head.sample(out[:, -1], temperature, top_p, generator, may_end=t >= at_least)
-            ended = (frame[:, -1] > 0) & (ends == length)
-            ends[ended] = t
+            may_end = t >= at_least
+            frame = self.head.sample(out[:, -1], temperature, top_p, generator, may_end)
+            is_boundary = frame[:, -1] > 0
+            ends[is_boundary & (ends == length)] = t
             if (ends < length).all():
                 break
             frames[:, t] = frame
-            rows = go_on(frames[:, :t + 1], ends < length) if go_on else None
+            rows = None
+            if go_on:
+                rows = go_on(frames[:, :t + 1], ends < length)
             if rows is not None:
                 frame = frame[rows]
                 frames = frames[rows]
                 ends = ends[rows]
                 plan = plan[rows]
                 state = take_rows(state, rows)
-            out, state = self(frame.unsqueeze(1), state, told(P + t, P + t + 1))
+            now = P + t
+            out, state = self(frame.unsqueeze(1), state, told(now, now + 1))
         return [tune[:end] for tune, end in zip(frames, ends.tolist())]
 
 
@@ -780,9 +831,11 @@ def count_parameters(config):
 def same_size(config):
     """config with the n_embd, a multiple of 8, that makes its model as large as an RWKV of config.n_embd channels."""
     target = count_parameters(replace(config, arch='rwkv'))
-    sizes = [replace(config, n_embd=n) for n in range(8, 8 * config.n_embd, 8)]
+    widths = range(8, 8 * config.n_embd, 8)
+    sizes = [replace(config, n_embd=n) for n in widths]
     larger = bisect.bisect(sizes, target, key=count_parameters)
-    neighbours = sizes[max(0, larger - 1):larger + 1]
+    smaller = max(0, larger - 1)
+    neighbours = sizes[smaller:larger + 1]
     return min(neighbours, key=lambda size: abs(count_parameters(size) - target))
 
 
@@ -795,7 +848,8 @@ VERSION = 8         # of the layout of a checkpoint
 def save_checkpoint(path, model, **more):
     """Writes a model and what more there is to say, numbers and text, whole or not at all. Raises UserError."""
     buffer = io.BytesIO()
-    checkpoint = dict(version=VERSION, config=asdict(model.config), model=model.state_dict(), **more)
+    config = asdict(model.config)
+    checkpoint = dict(version=VERSION, config=config, model=model.state_dict(), **more)
     torch.save(checkpoint, buffer)
     write_whole(path, buffer.getbuffer())
 
@@ -806,14 +860,16 @@ def load_checkpoint(path, device='cpu'):
     content = read_bytes(path)
     try:
         # torch does not look at the checksums
-        if zipfile.ZipFile(io.BytesIO(content)).testzip():
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        if archive.testzip():
             raise ValueError('its checksums are wrong')
         checkpoint = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
         if checkpoint['version'] != VERSION:
             raise ValueError(f'it is of version {checkpoint["version"]}, this code reads {VERSION}')
         model = Model(Config(**checkpoint['config']))
         # a copy, since torch notes 'assign' in the dictionary it gets
-        model.load_state_dict(dict(checkpoint['model']), assign=True)
+        weights = dict(checkpoint['model'])
+        model.load_state_dict(weights, assign=True)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError('its weights are not finite')
     except Exception as e:      # whatever unzipping and unpickling make of bytes that are not a checkpoint

@@ -217,9 +217,12 @@ def common_key_shift(song):
     (G 5, D -2, A 3); an octave off that where a note would leave the keyboard, 0 where nothing fits."""
     count = estimate_key(song.notes)[0] if song.sharps is None else song.sharps
     shift = interval(count, 0)
-    low = -song.notes[:, 0].min(initial=KEYS)
-    high = KEYS - 1 - song.notes[:, 0].max(initial=0)
-    return next((s for s in (shift, shift + 12, shift - 12) if low <= s <= high), 0)
+    down = song.notes[:, 0].min(initial=KEYS)
+    up = KEYS - 1 - song.notes[:, 0].max(initial=0)
+    for semitones in (shift, shift + 12, shift - 12):
+        if -down <= semitones <= up:
+            return semitones
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,12 +233,23 @@ def common_key_shift(song):
 BARS = {'4/4': 'DoBoHoBo', '3/4': 'DoBoBo', '2/4': 'DoBo', '6/8': 'PooQoo', '9/8': 'PooQooQoo'}
 # Of 100 melody notes that begin there, how many last less than an eighth, an eighth, a quarter, a dotted quarter, more
 # (counted in 615 tunes of the Nottingham collection); LIMITS in beats separate them
-LENGTHS = dict(D=(3, 36, 41, 6, 14), H=(1, 37, 50, 4, 8), B=(3, 54, 41, 1, 1),
-               P=(1, 55, 29, 10, 5), Q=(1, 54, 36, 8, 1), o=(2, 94, 2, 1, 1))
+LENGTHS = {
+    'D': (3, 36, 41, 6, 14),
+    'H': (1, 37, 50, 4, 8),
+    'B': (3, 54, 41, 1, 1),
+    'P': (1, 55, 29, 10, 5),
+    'Q': (1, 54, 36, 8, 1),
+    'o': (2, 94, 2, 1, 1)}
 LIMITS = (0.4, 0.8, 1.2, 1.8)
 # Of 100 such places, how many have no chord, the same chord struck again, another chord: between what is counted in
 # Nottingham, where the half of a bar has 4, and in books whose chords change more often
-CHORDS = dict(D=(10, 30, 60), P=(10, 30, 60), H=(85, 5, 10), Q=(85, 5, 10), B=(98, 1, 1), o=(98, 1, 1))
+CHORDS = {
+    'D': (10, 30, 60),
+    'P': (10, 30, 60),
+    'H': (85, 5, 10),
+    'Q': (85, 5, 10),
+    'B': (98, 1, 1),
+    'o': (98, 1, 1)}
 METRE_BEATS = 512       # how much of a long piece we look at
 
 
@@ -264,7 +278,8 @@ def metre_text(notes, bar, pickup):
     notes = as_notes(notes)
     start = round(2 * pickup) % round(2 * bar) / 2
     scores = metre_scores(notes[is_melody(notes)], bar)
-    return max((name for name, begin in scores if begin == start), key=lambda name: scores[name, start])
+    names = [name for name, begin in scores if begin == start]
+    return max(names, key=lambda name: scores[name, start])
 
 
 def metre_scores(notes, bar=None):
@@ -278,9 +293,11 @@ def metre_scores(notes, bar=None):
         if bar not in (None, size / 2):
             continue
         # (half beat of the tune, place in the bar); what chords and melody both say must not count twice
-        fit = 0.2 * np.log([(100, *LENGTHS[place]) for place in places]).T[lengths]
+        by_length = [(100, *LENGTHS[place]) for place in places]
+        by_chord = [CHORDS[place] for place in places]
+        fit = 0.2 * np.log(by_length).T[lengths]
         if chords.any():
-            fit += np.log([CHORDS[place] for place in places]).T[chords]
+            fit += np.log(by_chord).T[chords]
         # going backwards, for each place in the bar: the best score from here to the end if we are there now; what
         # follows is the next place or, at a price, a new bar before this one is full (at the end of a part)
         best = np.zeros(size)
@@ -361,7 +378,8 @@ def read_midi(file, name=None):
     last = events[-1][0] if events else 0.0
     rows = as_notes(midi_rows(events, last))
     told = signatures(events, rows[:, 1].min(initial=last))
-    return song_from_rows(name, rows, silence=last - rows[:, 2].max(initial=0), **told)
+    silence = last - rows[:, 2].max(initial=0)
+    return song_from_rows(name, rows, silence=silence, **told)
 
 
 def read_track(chunk):
@@ -493,7 +511,8 @@ def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metr
         track.append(message.copy(time=message.time - now))
         now = message.time
     buffer = io.BytesIO()
-    mido.MidiFile(type=0, ticks_per_beat=TICKS, charset='utf-8', tracks=[track]).save(file=buffer)
+    file = mido.MidiFile(type=0, ticks_per_beat=TICKS, charset='utf-8', tracks=[track])
+    file.save(file=buffer)
     write_whole(path, buffer.getvalue())
 
 
@@ -532,8 +551,13 @@ MODES = dict(maj=0, ion=0, lyd=1, mix=-1, dor=-2, min=-3, aeo=-3, m=-3, phr=-4, 
 # What may stand behind the root of a chord symbol, and the notes above the root; EXTRAS, sevenths and the like, are
 # left out
 EXTRAS = r'(?:[Mm]aj|M|add|[\d#b+/-])*'
-TRIADS = {r'\d*sus4?': (0, 5, 7), r'\d*sus2': (0, 2, 7), r'/?d|/?dim\d*|o7?|m7b5': (0, 3, 6),
-          r'(?:aug|\+)7?|7?(?:\+|#5)': (0, 4, 8), rf'(?:min|mi|m|-){EXTRAS}': (0, 3, 7), EXTRAS: (0, 4, 7)}
+TRIADS = {
+    r'\d*sus4?': (0, 5, 7),
+    r'\d*sus2': (0, 2, 7),
+    r'/?d|/?dim\d*|o7?|m7b5': (0, 3, 6),
+    r'(?:aug|\+)7?|7?(?:\+|#5)': (0, 4, 8),
+    rf'(?:min|mi|m|-){EXTRAS}': (0, 3, 7),
+    EXTRAS: (0, 4, 7)}
 MARK = re.compile(r'(?i)(?P<DC>d\. ?c\b|da ?capo)|(?P<DS>d\. ?s\b|dal ?segno)|(?P<fine>\bfine\b)|(?P<segno>^S$|segno)')
 # what else musicians put for the signs of plain ABC
 PLAIN = str.maketrans('♯♭°øØ“”’\t', '#booo""\' ')
@@ -603,7 +627,8 @@ def read_tune(title, tune, defaults):
     tune = re.sub(r'(?ms)^%%begin(\w+).*?(?:^%%end\1|\Z)', '%', tune)   # blocks of text
     tune = re.sub(r'(?m)^%.*\n|(?<!\\)%.*', '', tune)   # comments and %%directives
     tune = re.sub(r'[^ -~\n]', '', tune.translate(PLAIN))
-    head, key, body = (re.split(r'(?m)^K:(.*)', tune, maxsplit=1) + ['', ''])[:3]
+    parts = re.split(r'(?m)^K:(.*)', tune, maxsplit=1)
+    head, key, body = (parts + ['', ''])[:3]
     fields = defaults | dict(re.findall(r'(?m)^([A-Za-z]):(.*)', head)) | {'K': key}
     fields = {letter: value.strip() for letter, value in fields.items()}
     page = Page()
@@ -629,7 +654,8 @@ def read_tune(title, tune, defaults):
     tempo = re.sub(r'"[^"]*"?\s*', '', page.tempo)
     m = re.search(r'(?:([1-9]\d?/[1-9]\d?)\s*=|=|^)\s*(\d{1,4}(?:\.\d{1,4})?)(?![\d.]*\s*[/=])', tempo)
     if m and float(m[2]) > 0:
-        told['tempo'] = float(m[2]) * float(4 * Fraction(m[1] or fields['L']))
+        beats = 4 * Fraction(m[1] or fields['L'])
+        told['tempo'] = float(m[2]) * float(beats)
     told['silence'] = length - max(row[2] for row in rows)
     lines = [f'{letter}:{fields[letter]}' for letter in 'MLPVK' if letter == 'K' or fields.get(letter)]
     text = '\n'.join(lines + [re.sub(r'\[Q:[^\]\n]*\]', '', body)])
@@ -640,14 +666,17 @@ def read_tune(title, tune, defaults):
 def spell_parts(page, order, body):
     """Music to events; its parts, each begun by a field P:, in an order such as AABB, if there is one."""
     first, *parts = re.split(r'\[P:([^\]\n]*)\]', body)
-    if not set(order) & set(parts[::2]):
+    labels = parts[::2]
+    if not set(order) & set(labels):
         return page.spell(body)
     order = re.sub(r'[\s.]', '', order)
     order = re.sub(r'([A-Z])([1-9])', lambda m: m[1] * int(m[2]), order)
     if not re.fullmatch('[A-Z]+', order):
         raise UserError(f'cannot follow the order of parts P:{order[:40]}')
     events = page.spell(first)
-    spelt = {label: page.spell(music) for label, music in zip(parts[::2], parts[1::2])}
+    spelt = {}
+    for label, music in zip(labels, parts[1::2]):
+        spelt[label] = page.spell(music)
     for label in order[:100]:
         events += [Bar(0, True, True, []), *spelt.get(label, [])]
     return events
@@ -759,7 +788,8 @@ class Page:
 
     def tuplet(self, m):
         """(p:q:r puts p notes into the time of q, for the next r sounds."""
-        p, q, r = (int(n or 0) for n in (m[0][1:] + '::').split(':')[:3])
+        numbers = (m[0][1:] + '::').split(':')
+        p, q, r = (int(number or 0) for number in numbers[:3])
         in_threes = p in (2, 4, 8) or p in (5, 7, 9) and self.metre in ('6/8', '9/8', '12/8')
         q = q or (3 if in_threes else 2)
         self.factors = [Fraction(q, p)] * (r or p)
@@ -769,7 +799,8 @@ class Page:
         less = Fraction(1, 2 ** len(m[0]))
         first = 2 - less if m[0][0] == '>' else less
         self.last.beats *= first
-        self.factors[:1] = [(2 - first) * factor for factor in self.factors[:1] or [1]]
+        factor = self.factors.pop(0) if self.factors else 1
+        self.factors.insert(0, (2 - first) * factor)
 
     def tie(self, m):
         self.last.tied = set(self.last.notes)
@@ -817,11 +848,14 @@ def arrange(events):
     jump = max((i for i, event in enumerate(events) if event in ('DC', 'DS')), default=None)
     if jump is None:
         return unfold(events)
-    ends = [i + 1 for i, event in enumerate(events) if isinstance(event, Bar)] + [len(events)]
-    played = events[:min(end for end in ends if end > jump)]
+    ends = [i + 1 for i, event in enumerate(events) if isinstance(event, Bar)]
+    ends.append(len(events))
+    stop = min(end for end in ends if end > jump)
+    played = events[:stop]
     start = played.index('segno') if events[jump] == 'DS' and 'segno' in played else 0
     fine = played.index('fine', start) if 'fine' in played[start:] else jump
-    return unfold(played) + unfold(events[start:min(end for end in ends if end > fine)], once=True)
+    stop = min(end for end in ends if end > fine)
+    return unfold(played) + unfold(events[start:stop], once=True)
 
 
 def unfold(events, once=False):
@@ -866,19 +900,26 @@ def play(events):
     held = {}   # MIDI note -> its row, where it is tied
     for event in arrange(events):
         if isinstance(event, Sound):
-            sounding = {note: held.get(note) or [note, float(now), 0] for note in event.notes.values()}
-            rows += [row for note, row in sounding.items() if note not in held]
+            begin = float(now)
             now += event.beats
-            for row in sounding.values():
+            sounding = {}
+            for note in set(event.notes.values()):
+                row = held.get(note)
+                if row is None:
+                    row = [note, begin, 0]
+                    rows.append(row)
                 row[2] = float(now)
-            held = {event.notes[place]: sounding[event.notes[place]] for place in event.tied}
+                sounding[note] = row
+            tied = [event.notes[place] for place in event.tied]
+            held = {note: sounding[note] for note in tied}
         elif isinstance(event, list):
             symbols.append((float(now), event))
         elif isinstance(event, Bar):
             first_bar = first_bar or float(now)
+    symbols.append((float(now), []))
     melody = as_notes(rows)
     # each chord lasts to the next one, below the notes that sound meanwhile
-    for (onset, triad), (end, _) in itertools.pairwise([*symbols, (float(now), [])]):
+    for (onset, triad), (end, _) in itertools.pairwise(symbols):
         sounding = (melody[:, 1] < end) & (melody[:, 2] > onset)
         lowest = melody[sounding, 0].min(initial=128)
         for _ in triad:   # while it reaches the melody, its top note moves down an octave
@@ -895,9 +936,20 @@ BEAT = 24               # ticks in a beat: a multiple of 3 is a 32nd note, a mul
 # plain and dotted notes, in eighths, the unit of what we write
 SINGLE = (16, 12, 8, 6, 4, 3, 2, 1.5, 1, 0.75, 0.5, 0.25)
 # semitones of the notes above the root -> what stands behind the root's name
-QUALITIES = {(0, 4): '', (0, 3): 'm', (0, 4, 7): '', (0, 3, 7): 'm', (0, 3, 6): 'dim', (0, 4, 8): 'aug',
-             (0, 5, 7): 'sus4', (0, 4, 7, 10): '7', (0, 3, 7, 10): 'm7', (0, 4, 7, 11): 'maj7', (0, 5, 7, 10): '7sus4',
-             (0, 3, 6, 9): 'dim7', (0, 3, 6, 10): 'm7b5'}
+QUALITIES = {
+    (0, 4): '',
+    (0, 3): 'm',
+    (0, 4, 7): '',
+    (0, 3, 7): 'm',
+    (0, 3, 6): 'dim',
+    (0, 4, 8): 'aug',
+    (0, 5, 7): 'sus4',
+    (0, 4, 7, 10): '7',
+    (0, 3, 7, 10): 'm7',
+    (0, 4, 7, 11): 'maj7',
+    (0, 5, 7, 10): '7sus4',
+    (0, 3, 6, 9): 'dim7',
+    (0, 3, 6, 10): 'm7b5'}
 
 
 class Tick(NamedTuple):
@@ -1019,7 +1071,8 @@ def name_chord(group):
         for members in sorted(choices, key=lambda notes: -sum(note.end for note in notes)):
             # two notes are a chord if they go on below a melody that doubles one of them
             doubled = any((group[-1].key - note.key) % 12 == 0 for note in members)
-            if size == 2 and not (doubled and members[0].end == members[1].end > group[-1].end):
+            goes_on = members[0].end == members[1].end > group[-1].end
+            if size == 2 and not (doubled and goes_on):
                 continue
             for root in members:
                 steps = sorted((note.key - root.key) % 12 for note in members)
@@ -1048,7 +1101,10 @@ def write_music(melody, chords, first, bar, beam, staff):
     cuts = {first, end, *symbols, *starting, *releases, *range(bar, end, bar)}
     for beat in {cut // BEAT for cut in cuts if cut % 3}:
         cuts |= {max(first, beat * BEAT), (beat + 1) * BEAT}
-    slices = [(onset, end, onset % 3 > 0 or end % 3 > 0) for onset, end in itertools.pairwise(sorted(cuts))]
+    slices = []
+    for onset, end in itertools.pairwise(sorted(cuts)):
+        in_triplet = onset % 3 > 0 or end % 3 > 0
+        slices.append((onset, end, in_triplet))
     # beat -> how many slices its triplet has
     sizes = collections.Counter(onset // BEAT for onset, _, in_triplet in slices if in_triplet)
     bars = []
@@ -1064,8 +1120,10 @@ def write_music(melody, chords, first, bar, beam, staff):
         sounding = [note for note in sounding if note.end > onset] + starting[onset]
         bars[-1] += symbols.get(onset, '') + write_slice(sorted(sounding), onset, end, in_triplet, staff)
     count = 4 + (first % bar > 0)   # a pickup stands on the line of the first four bars
-    lines = [bars[:count]] + [bars[i:i + 4] for i in range(count, len(bars), 4)]
-    return '|\n'.join('|'.join(line) for line in lines) + '|]'
+    lines = ['|'.join(bars[:count])]
+    for begin in range(count, len(bars), 4):
+        lines.append('|'.join(bars[begin:begin + 4]))
+    return '|\n'.join(lines) + '|]'
 
 
 def write_slice(notes, onset, end, in_triplet, staff):
@@ -1076,7 +1134,10 @@ def write_slice(notes, onset, end, in_triplet, staff):
         length = left if in_triplet else Fraction(next(single for single in SINGLE if single <= left))
         left -= length
         text = re.sub(r'^1\b', '', str(length)).replace('/2', '/')
-        names = [staff.note(note.key) + text + '-' * (left > 0 or note.end > end) for note in notes]
+        names = []
+        for note in notes:
+            tie = '-' * (left > 0 or note.end > end)
+            names.append(staff.note(note.key) + text + tie)
         piece = ''.join(names) or 'z' + text
         pieces.append(f'[{piece}]' if len(names) > 1 else piece)
     return ' '.join(pieces)
@@ -1108,7 +1169,12 @@ class Staff:
         """A note with the accidental it needs, whether one holds in its own octave only, as some say, or in all."""
         letter, semitones, octave = self.spell(key)
         signature = (self.sharps + 6 - FIFTHS.index(letter)) // 7
-        in_force = {self.signs.get(letter, signature), self.signs.get((letter, octave), signature)}
+        in_all = self.signs.get(letter, signature)
+        in_its_own = self.signs.get((letter, octave), signature)
         self.signs |= {letter: semitones, (letter, octave): semitones}
-        sign = '' if in_force == {semitones} else '^' * semitones + '_' * -semitones or '='
-        return sign + (letter + ',' * -octave if octave < 1 else letter.lower() + "'" * (octave - 1))
+        sign = ''
+        if not in_all == in_its_own == semitones:
+            sign = '^' * semitones + '_' * -semitones or '='
+        if octave < 1:
+            return sign + letter + ',' * -octave
+        return sign + letter.lower() + "'" * (octave - 1)

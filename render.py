@@ -37,35 +37,46 @@ def piano_tone(key, velocity, seconds):
     first = 440 * 2 ** ((key - 48) / 12)
     stiffness = 1e-4 + 2e-4 * 2 ** ((key - 40) / 8)
     n = np.arange(1, 65)
-    f = first * n * np.sqrt((1 + stiffness * n ** 2) / (1 + stiffness))
+    stretched = np.sqrt((1 + stiffness * n ** 2) / (1 + stiffness))
+    f = first * n * stretched
+    hammer = np.sin(np.pi * n / 8) / n ** 1.6
     felt = np.exp((first - f) / (1000 + 3000 * velocity))
-    strength = np.sin(np.pi * n / 8) / n ** 1.6 * felt * (f < 10_000)
+    strength = hammer * felt * (f < 10_000)
     strength /= np.linalg.norm(strength)
     damping = 0.4 + f / 600
     # e^(z (512 a + b)) = e^(512 z a) e^(z b), so the sum of all partials is a matrix product
     a = np.arange(math.ceil(seconds * RATE / 512))
     b = np.arange(512)
     tone = 0
-    for share, tuning, decay in ((0.7, 1, 2), (0.3, 1.0003, 0.5)):
+    strings = ((0.7, 1, 2), (0.3, 1.0003, 0.5))
+    for share, tuning, decay in strings:
         z = (2j * np.pi * tuning * f - decay * damping) / RATE
         partials = share * strength * np.exp(512 * np.outer(a, z))
-        tone = tone + (partials @ np.exp(np.outer(z, b))).imag.ravel()
+        samples = partials @ np.exp(np.outer(z, b))
+        tone = tone + samples.imag.ravel()
     # the hammer takes 6 ms
-    tone[:250] *= np.sin(np.linspace(0, np.pi / 2, 250)) ** 2
+    tone[:250] *= fade_in(250)
     return tone.astype(np.float32)
+
+
+def fade_in(samples):
+    """Factors that rise smoothly from 0 to 1, (samples,)."""
+    return np.sin(np.linspace(0, np.pi / 2, samples)) ** 2
 
 
 def add_room(sound):
     """Adds to sound (2, samples) what a small room answers: noise that falls by 60 dB in 0.7 s, other for each ear."""
     t = np.arange(int(0.7 * RATE)) / RATE
-    noise = np.random.default_rng(0).standard_normal((2, len(t)))
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((2, len(t)))
     answer = 0.004 * noise * np.exp(-6.9 * t / 0.7)
     # a convolution is a product of spectra
     length = sound.shape[1]
     size = 1 << (length + len(t)).bit_length()
     spectrum = np.fft.rfft(sound.mean(0), size)
     for side, response in zip(sound, answer):
-        side += np.fft.irfft(spectrum * np.fft.rfft(response, size))[:length]
+        product = spectrum * np.fft.rfft(response, size)
+        side += np.fft.irfft(product)[:length]
 
 
 def accents(onset, metre, pickup):
@@ -76,7 +87,9 @@ def accents(onset, metre, pickup):
     beat = bar / count * (3 if count in (6, 9, 12) else 1)
     # players are never quite on the beat
     place = onset - pickup + 0.05
-    return np.select([place % bar < 0.1, place % beat < 0.1], [1.0, 0.85], 0.7)
+    begins_bar = place % bar < 0.1
+    on_beat = place % beat < 0.1
+    return np.select([begins_bar, on_beat], [1.0, 0.85], 0.7)
 
 
 def synthesise(notes, tempo=120.0, metre='4/4', pickup=0.0):
@@ -101,10 +114,12 @@ def synthesise(notes, tempo=120.0, metre='4/4', pickup=0.0):
     right = 0.3 + 0.4 * notes[:, 0] / 87
     gain = loudness * np.sqrt([1 - right, right])
 
-    damper = np.cos(np.linspace(0, np.pi / 2, 6000)) ** 2
-    sound = np.zeros((2, max(start + held) + RATE), dtype=np.float32)
+    damper = fade_in(6000)[::-1]
+    samples = max(start + held) + RATE
+    sound = np.zeros((2, samples), dtype=np.float32)
     struck = list(zip(notes[:, 0], velocity))
-    tones = {tone: piano_tone(*tone, held.max() / RATE + 1) for tone in set(struck)}
+    longest = held.max() / RATE + 1
+    tones = {tone: piano_tone(*tone, longest) for tone in set(struck)}
     for tone, begin, length, sides in zip(struck, start, held, gain.T):
         note = tones[tone][:length + len(damper)].copy()
         note[length:] *= damper
@@ -116,12 +131,13 @@ def synthesise(notes, tempo=120.0, metre='4/4', pickup=0.0):
 
 def write_wav(notes, path, tempo=120.0, metre='4/4', pickup=0.0):
     """Write notes (N, 3) as sound: stereo, 44.1 kHz, 16 bit. See synthesise. Raises UserError if it cannot."""
+    samples = synthesise(notes, tempo, metre, pickup).astype('<i2')
     buffer = io.BytesIO()
     with wave.open(buffer, 'wb') as file:
         file.setnchannels(2)
         file.setsampwidth(2)
         file.setframerate(RATE)
-        file.writeframes(synthesise(notes, tempo, metre, pickup).astype('<i2').tobytes())
+        file.writeframes(samples.tobytes())
     write_whole(path, buffer.getvalue())
 
 
@@ -141,7 +157,8 @@ WIDTH = 912             # ... and of its widest line, which fills the page of 96
 
 def label(words):
     """The start of a name, without what XML cannot hold."""
-    return escape(''.join(c for c in words[:24] if c.isprintable()))
+    printable = [c for c in words[:24] if c.isprintable()]
+    return escape(''.join(printable))
 
 
 def colour(i):
@@ -180,7 +197,9 @@ def draw_roll(drawing, notes, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=N
     bar = bar_beats(metre)
     lead = pickup / bar                 # bars before the first bar line
     beats = notes[:, 2].max(initial=prompt_beats)
-    bars = max(1, math.ceil((beats - pickup) / bar - 1e-6))
+    full_bars = (beats - pickup) / bar
+    bars = max(1, math.ceil(full_bars - 1e-6))
+    pixels = WIDTH / (16 + lead)        # a bar
     # whole octaves, that of middle C among them
     octave = np.append((notes[:, 0] + 9) // 12, 4).astype(int)
     octaves = range(octave.min(), octave.max() + 1)
@@ -192,7 +211,8 @@ def draw_roll(drawing, notes, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=N
 
         def place(bars):
             """Where so many bars after the first bar line are over, in pixels; bar lines stand below one another."""
-            return LEFT + WIDTH / (16 + lead) * (lead + np.clip(bars, begins, last) - first)
+            bars = np.clip(bars, begins, last)
+            return LEFT + pixels * (lead + bars - first)
 
         left = place(begins)
         right = place(last)
@@ -206,7 +226,8 @@ def draw_roll(drawing, notes, metre='4/4', pickup=0.0, prompt_beats=0.0, lines=N
             x = place(number)
             drawing.strokes('line', 1, f'M{x:g} {top}V{bottom}')
             drawing.text(x + 2, bottom + 12, number + 1)
-        y = bottom - 5 * (notes[:, 0] + 9.5 - 12 * octaves[0])
+        lowest = 12 * octaves[0] - 9.5
+        y = bottom - 5 * (notes[:, 0] - lowest)
         begin, end = place(notes[:, 1:].T / bar - lead)
         for style, part in zip(styles, (melody, ~melody)):
             marks = ''
@@ -240,9 +261,11 @@ def terminal_roll(notes, width=80):
         canvas[key, onset:end] = '─'
         canvas[key, onset:onset + 1] = '■'
     lines = []
-    for key in np.flatnonzero((canvas != ' ').any(1))[::-1]:
-        name = 'A A# B C C# D D# E F F# G G#'.split()[key % 12]
-        lines.append(f'{name}{(key + 9) // 12}'.ljust(5) + ''.join(canvas[key]).rstrip())
+    played = np.flatnonzero((canvas != ' ').any(1))
+    for key in played[::-1]:
+        letter = 'A A# B C C# D D# E F F# G G#'.split()[key % 12]
+        name = f'{letter}{(key + 9) // 12}'
+        lines.append(name.ljust(5) + ''.join(canvas[key]).rstrip())
     beats = math.ceil(notes[:, 2].max(initial=0) / 4)
     return '\n'.join([*lines, f'beats 1 to {min(beats, columns // 4)} of {beats}'])
 
@@ -254,7 +277,8 @@ def read_losses(path):
     """(points, 3) iterations, minutes, validation losses of a table that train.py wrote; none of any other file."""
     try:
         rows = csv.DictReader(path.read_text(encoding='utf-8').splitlines())
-        points = [[row[name] or 'nan' for name in ('iter', 'minutes', 'valid')] for row in rows]
+        names = ('iter', 'minutes', 'valid')
+        points = [[row[name] or 'nan' for name in names] for row in rows]
         points = np.array(points, dtype=float).reshape(-1, 3)
     except (OSError, csv.Error, KeyError, ValueError):
         points = np.zeros((0, 3))
@@ -265,7 +289,10 @@ def ticks(low, high):
     """Two to eight round numbers from low to high."""
     span = high - low
     unit = 10.0 ** math.floor(math.log10(span))
-    step = next(part * unit for part in (0.2, 0.5, 1, 2) if span <= 7 * part * unit)
+    for part in (0.2, 0.5, 1, 2):
+        step = part * unit
+        if span <= 7 * step:
+            break
     first = math.ceil(low / step)
     last = math.floor(high / step)
     return step * np.arange(first, last + 1)
@@ -279,7 +306,10 @@ def draw_chart(drawing, runs):
     for i, (name, points) in enumerate(runs.items()):
         drawing.text(778, top + 10 + 14 * i, f'{label(name)} {points[:, 2].min():.3f}', colour(i))
     # the untrained model, and what falls from there in the first tenth of a run, would flatten the rest
-    curves = [points[(len(points) + 8) // 10:] for points in runs.values()]
+    curves = []
+    for points in runs.values():
+        tenth = (len(points) + 8) // 10
+        curves.append(points[tenth:])
     highest = np.concatenate(curves).max(0)
     lowest = np.concatenate(curves).min(0)
     losses = lowest[2] - 0.01, highest[2] + 0.01
@@ -291,7 +321,8 @@ def draw_chart(drawing, runs):
         drawing.text(left + 175, bottom + 32, unit, 'mid')
         last = highest[axis] or 1
         for tick in ticks(0, last):
-            drawing.text(left + 350 * tick / last, bottom + 16, f'{tick:g}', 'mid')
+            x = left + 350 * tick / last
+            drawing.text(x, bottom + 16, f'{tick:g}', 'mid')
         for i, points in enumerate(curves):
             x = left + 350 * points[:, axis] / last
             y = np.interp(points[:, 2], losses, (bottom, top))
@@ -305,8 +336,11 @@ def draw_losses(folder):
     """Draw folder/loss.svg from the .csv tables that train.py wrote there: validation loss by iterations and minutes.
 
     Returns its path, or None if no .csv there is such a table. Raises UserError if it cannot be written."""
-    tables = sorted(Path(folder).glob('*.csv'))
-    runs = {table.stem: points for table in tables if len(points := read_losses(table))}
+    runs = {}
+    for table in sorted(Path(folder).glob('*.csv')):
+        points = read_losses(table)
+        if len(points):
+            runs[table.stem] = points
     if not runs:
         return None
     drawing = Drawing()
