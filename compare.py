@@ -239,12 +239,6 @@ def make_plans(forms, length):
     return plans
 
 
-class Choice(NamedTuple):
-    """Where one of several takes goes on."""
-    frame: int              # the last one before it
-    home: int               # 1 + the pitch class of the tonic that has to be there, as in a plan, or 0
-
-
 class Takes:
     """Composes each tune in several rows, as `go_on` of Model.compose: TAKES in the PHRASE beats before its form comes
     home, else SPARE. When they are over one row goes on: of those that have not ended and come home best the first with
@@ -253,26 +247,27 @@ class Takes:
     def __init__(self, representation, forms, chords):
         self.representation = representation
         self.tune_of_row = np.arange(len(forms))
-        self.choices = [self.when_to_choose(form) for form in forms]
+        self.choices = [self.when_to_choose(form) for form in forms]            # a dict of each
         self.is_new = [data.make_plan(form)[:-1, 0] == 1 for form in forms]     # (T,) of each: is nothing repeated?
         self.chords = chords
 
     def when_to_choose(self, form):
-        """The Choices for a tune of this form, in order of time."""
+        """{frame: home} in order of time: after which frames of a tune of this form one of the takes goes on, and 1 +
+        the pitch class of the tonic that has to be there, as in a plan, or 0."""
         phrase = PHRASE * self.representation.beat
         homes = {first + length - 1: home for first, length, home in form['homes']}
         choices = {data.form_length(form) - 1: 0} | homes
         for before, frame in itertools.pairwise([0, *sorted(choices)]):
             choices |= dict.fromkeys(range(frame - phrase, before, -phrase), 0)
-        return [Choice(*choice) for choice in sorted(choices.items())]
+        return dict(sorted(choices.items()))
 
     def __call__(self, frames, ended):
         t = frames.shape[1] - 1                 # the last frame so far
         rows = []
         for tune, choices in enumerate(self.choices):
             takes = np.flatnonzero(self.tune_of_row == tune)
-            if choices and choices[0].frame == t:
-                home = choices.pop(0).home
+            home = choices.pop(t, None)
+            if home is not None:
                 is_new = self.is_new[tune][:t + 1]
                 going = [take for take in takes if not ended[take]] or takes[:1]
                 points = [self.home_points(frames[take], home) for take in going]
@@ -280,7 +275,8 @@ class Takes:
                 take = min(best, key=lambda take: self.faults(frames[take], is_new))
                 takes = np.array([take])
             if len(takes) == 1 and choices and not ended[takes[0]]:
-                takes = takes.repeat(TAKES if choices[0].home else SPARE)
+                next_home, *_ = choices.values()
+                takes = takes.repeat(TAKES if next_home else SPARE)
             rows += takes.tolist()
         if rows == list(range(len(frames))):
             return None
@@ -519,8 +515,7 @@ def draw(real, training, models, losses):
         render.draw_chart(drawing, losses)
     draw_distances(drawing, [*models, training])
     for i, column in [(len(models), real), *enumerate(models)]:
-        bar, pickup = notation.estimate_metre(column.notes)
-        metre = notation.metre_text(column.notes, bar, pickup)
+        metre, _, pickup = notation.fit_bars(column.notes, None, None)
         title = 'one of the' if column is real else 'the median tune of'
         drawing.text(8, drawing.bottom + 18, f'{title} {render.label(column.name)}, {metre}', 'title')
         drawing.bottom += 30

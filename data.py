@@ -36,24 +36,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from notation import BARS
+import notation
 from notation import KEYS
-from notation import LOWEST
 from notation import Song
 from notation import UserError
-from notation import check_writable
-from notation import common_key_shift
-from notation import decoded
-from notation import fit_bars
-from notation import is_melody
-from notation import one_per_key
-from notation import printable
-from notation import read_abc
-from notation import read_bytes
-from notation import read_midi
-from notation import signature
-from notation import tune_text
-from notation import write_whole
 
 MAX_FRAMES = 100_000        # longest song we accept: 3.5 hours at 4 steps a beat and 120 beats a minute
 
@@ -68,14 +54,14 @@ def quantise(notes, steps_per_beat):
         raise UserError(f'a song is longer than {MAX_FRAMES:,} steps: cut it, or use fewer --steps_per_beat')
     steps = steps.astype(np.int64)
     steps[:, 2] = np.maximum(steps[:, 2], steps[:, 1] + 1)
-    return one_per_key(steps)
+    return notation.one_per_key(steps)
 
 
 def moved(song, semitones):
     """A Song moved up, with its key signature; its text no longer holds."""
     if not semitones:
         return song
-    sharps = None if song.sharps is None else signature(song.sharps + 7 * semitones)
+    sharps = None if song.sharps is None else notation.signature(song.sharps + 7 * semitones)
     return song._replace(notes=song.notes + [semitones, 0, 0], sharps=sharps, text=None)
 
 
@@ -104,13 +90,16 @@ class Representation:
     def opening(self, path, beats, common_key):
         """The first beats of the first tune in a .mid or .abc file: as a Song, as frames (T, V) to go on from, and by
         how many semitones it was moved to the common key. Raises UserError if there are no notes in them."""
-        song = read_song(path)
+        songs, skipped = read_file(File(path.name, path))
+        if not songs:
+            raise UserError(f'{path} has no tune that can be read ({skipped[0]}): give another --prompt')
+        song = songs[0]
         notes = song.notes[song.notes[:, 1] < beats]
         if not len(notes):
             raise UserError(f'{path} has no notes in its first {beats:g} beats: '
                             'give another --prompt or more --prompt_beats')
         text = song.text if song.notes[:, 2].max() <= beats else None
-        semitones = common_key_shift(song) if common_key else 0
+        semitones = notation.common_key_shift(song) if common_key else 0
         notes[:, 2] = np.minimum(notes[:, 2], beats)
         song = moved(song._replace(notes=notes, text=text), semitones)
         frames = self.encode(song)
@@ -239,7 +228,7 @@ class AbcText(Representation):
 
     def encode(self, song):
         """A Song to frames (T, V) uint8. Raises UserError above MAX_FRAMES characters."""
-        text, left_out = tune_text(song)
+        text, left_out = notation.tune_text(song)
         self.left_out += left_out
         return self.encode_text(text, song.name)
 
@@ -262,7 +251,7 @@ class AbcText(Representation):
         if not ended:
             text = text[:text.rfind('|') + 1] or text
         skipped = []
-        songs = read_abc(f'X:1\n{text}\n'.encode(), 'the composed text', skipped)
+        songs = notation.read_abc(f'X:1\n{text}\n'.encode(), 'the composed text', skipped)
         if not songs:
             raise UserError(skipped[0])
         return songs[0]
@@ -330,11 +319,11 @@ def find_form(song, frames, representation, common_key):
     edges = np.flatnonzero(np.diff(back, prepend=-1, append=-1))
     parts = list(zip(back[edges[:-1]].tolist(), np.diff(edges).tolist()))
     homes = find_homes(song, back, edges, beat) if common_key else []
-    metre, bar, pickup = fit_bars(song.notes, song.metre, song.pickup)
+    metre, bar, pickup = notation.fit_bars(song.notes, song.metre, song.pickup)
     between = 2 * quantise(song.notes, beat)[:, 1] % beat > 0
     sixteenths = bool(between.sum() > 0.05 * len(between))
     heard = representation.decode(frames)
-    below = step_names(heard[~is_melody(heard)], beat)
+    below = step_names(heard[~notation.is_melody(heard)], beat)
     chords = [name for name, _ in collections.Counter(below.tolist()).most_common(CHORDS)]
     return dict(metre=metre, sixteenths=sixteenths, bar=float(bar * beat), pickup=float(pickup * beat), parts=parts,
                 homes=homes, chords=chords)
@@ -359,8 +348,8 @@ def find_homes(song, back, edges, beat):
     note, 1 + pitch class), ..]: the last one of each part, if it is C or A, and, where the part is a repeat, the C or A
     in the same place of what it repeats. A few new frames in or after a repeat, as another last note, belong to it.
     back (T,) as in find_repeats, edges where the parts begin and end."""
-    keys, onsets, _ = quantise(song.notes[is_melody(song.notes)], beat).T
-    pitch_class = (keys + LOWEST) % 12
+    keys, onsets, _ = quantise(song.notes[notation.is_melody(song.notes)], beat).T
+    pitch_class = (keys + notation.LOWEST) % 12
     source = beat * back
     for first, stop in itertools.pairwise(edges):
         if first and not source[first] and stop - first < REPEAT * beat:
@@ -387,8 +376,8 @@ def make_plan(form):
     with sixteenths, or 0 for another metre. home is 1 + the pitch class of the tonic from a note that comes home to the
     next one, else 0. A row of zeros tells nothing."""
     metre = 0
-    if form['metre'] in BARS:
-        metre = 1 + 2 * list(BARS).index(form['metre']) + form['sixteenths']
+    if form['metre'] in notation.BARS:
+        metre = 1 + 2 * list(notation.BARS).index(form['metre']) + form['sixteenths']
     of_tune = form_length(form)
     rows = []
     for back, frames in form['parts']:
@@ -468,23 +457,22 @@ class Dataset:
         """The plans of all training songs, end to end as their frames are."""
         return np.concatenate([[END], *map(make_plan, self.forms)])
 
-    def batch(self, split, batch_size, block_size, transpose, rng, history=0, told=0.0):
-        """Windows of block_size + 1 frames from random places of a split, with the `history` frames before each. Each
-        is moved up or down by a random interval of at most `transpose` semitones; in a common key, by chance, half of
-        them are. told: the share of windows, of split train, that are told the form of their song. rng: a
-        np.random.Generator. Raises UserError if the split is too short for one."""
-        last = len(self.packed[split]) - block_size - 1
-        if last < 0:
-            longest = len(self.packed[split]) - 1
-            raise UserError(f'the {split} songs are too short for --block_size={block_size}: '
+    def batch(self, batch_size, block_size, transpose, rng, history=0, told=0.0):
+        """Windows of block_size + 1 frames from random places of the training songs, with the `history` frames before
+        each. Each is moved up or down by a random interval of at most `transpose` semitones; in a common key, by
+        chance, half of them are. told: the share of windows that are told the form of their song. rng: a
+        np.random.Generator. Raises UserError if there are too few frames for one."""
+        longest = len(self.packed['train']) - 1
+        if block_size > longest:
+            raise UserError(f'the train songs are too short for --block_size={block_size}: '
                             f'use --block_size={longest} or less, or more music')
-        bounds = self.bounds[split]
+        bounds = self.bounds['train']
         shape = (batch_size, history + block_size + 1, self.representation.V)
         frames = np.zeros(shape, dtype=np.uint8)
         age = []
         time = []
         plans = np.zeros((batch_size, block_size, len(END)), dtype=np.int32)
-        first = rng.integers(0, last + 1, batch_size)
+        first = rng.integers(0, longest - block_size + 1, batch_size)
         semitones = rng.integers(-transpose, transpose + 1, batch_size)
         if self.common_key:                     # half of the windows stay in it
             semitones *= rng.integers(0, 2, batch_size)
@@ -492,13 +480,13 @@ class Dataset:
             if rng.random() < told:
                 rows[:] = self.plans[start + 1:start + block_size + 1]
             before = min(start, history)        # frames there are before the window
-            row[history - before:] = self.frames(split, start - before, start + block_size + 1)
+            row[history - before:] = self.frames('train', start - before, start + block_size + 1)
             interval = self.representation.transpose(row, interval)
             home = rows[:, 5]
             home[home > 0] = 1 + (home[home > 0] - 1 + interval) % 12
             began = bounds[np.searchsorted(bounds, max(start - 1, 0), 'right') - 1]
             age.append(max(start - 1 - began, 0))
-            time.append(self.representation.steps(self.frames(split, began + 1, start)))
+            time.append(self.representation.steps(self.frames('train', began + 1, start)))
         frames = torch.from_numpy(frames)
         plans = torch.from_numpy(plans)
         return Windows(frames[:, history:], frames[:, :history], torch.tensor(age), torch.tensor(time), plans)
@@ -572,7 +560,7 @@ def load(data='nottingham', representation=None, common_key=None, log=print):
     if common_key is None:
         common_key = None not in keys and representation.planes > 0
     if common_key:
-        songs = [(file, moved(song, common_key_shift(song))) for file, song in songs]
+        songs = [(file, moved(song, notation.common_key_shift(song))) for file, song in songs]
     splits = split_songs(songs, log)
     source = f'{source} ({len(songs):,} songs)'
     dataset = Dataset(splits, source, representation, common_key, statistics.mode(keys))
@@ -586,7 +574,7 @@ def tell_what_is_skipped(data, songs, skipped):
     if not songs:
         raise UserError(f'no song in {data} can be used: {skipped[0]}')
     for sentence in skipped[:5]:
-        print(printable(f'skipped: {sentence}'), file=sys.stderr)
+        print(notation.printable(f'skipped: {sentence}'), file=sys.stderr)
     if len(skipped) > 5:
         print(f'skipped: {len(skipped) - 5:,} more', file=sys.stderr)
 
@@ -628,11 +616,11 @@ def read_file(file):
     """The Songs in a File, notes in float32, and a sentence for each tune that is skipped."""
     skipped = []
     try:
-        content = read_bytes(file.path, MAX_FILE) if file.member is None else read_member(file)
+        content = notation.read_bytes(file.path, MAX_FILE) if file.member is None else read_member(file)
         if file.name.lower().endswith('.abc'):
-            songs = read_abc(content, file.name, skipped)
+            songs = notation.read_abc(content, file.name, skipped)
         else:
-            songs = [read_midi(content, file.name)]
+            songs = [notation.read_midi(content, file.name)]
     except UserError as e:
         return [], [str(e)]
     songs = [song._replace(notes=song.notes.astype(np.float32)) for song in songs if len(song.notes)]
@@ -641,17 +629,9 @@ def read_file(file):
     return songs, skipped
 
 
-def read_song(path):
-    """The first tune in a .mid or .abc file."""
-    songs, skipped = read_file(File(path.name, path))
-    if not songs:
-        raise UserError(f'{path} has no tune that can be read ({skipped[0]}): give another --prompt')
-    return songs[0]
-
-
 def read_header(path):
     """The fields M, L and K of an ABC file that has no music in it, as tune_text orders them; '' if it has some."""
-    text = re.sub('%.*', '', decoded(read_bytes(path, MAX_FILE)))
+    text = re.sub('%.*', '', notation.decoded(notation.read_bytes(path, MAX_FILE)))
     if re.search(r'(?m)^(?![A-Za-z]:)[ \t]*\S', text):
         return ''
     kept = dict(re.findall(r'(?m)^([MLK]):[ \t]*(.*?)\s*$', text))
@@ -660,16 +640,19 @@ def read_header(path):
 
 @functools.lru_cache(1)
 def open_zip(path):
-    return zipfile.ZipFile(io.BytesIO(read_bytes(path)))
+    content = notation.read_bytes(path)
+    try:
+        return zipfile.ZipFile(io.BytesIO(content))
+    except Exception as e:      # BadZipFile, struct.error, OverflowError, ...
+        raise UserError(f'{path} is not a whole zip ({e}): get it again') from None
 
 
 def read_member(file):
     """The bytes of a file in a zip, which is never unpacked to the disk."""
+    archive = open_zip(file.path)
     try:
-        with open_zip(file.path).open(file.member) as f:
+        with archive.open(file.member) as f:
             content = f.read(MAX_FILE + 1)
-    except UserError:
-        raise
     except Exception as e:      # whatever zipfile and its decompressors come upon
         raise UserError(f'{file.name} in {file.path} cannot be read ({e}): get the zip again') from None
     if len(content) > MAX_FILE:
@@ -685,19 +668,14 @@ def music_files(path, log):
         paths = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
         files = [File(p.relative_to(path).as_posix(), p) for p in paths if p.is_file()]     # and no pipe or device
     elif path.suffix.lower() == '.zip':
-        try:
-            names = open_zip(path).namelist()
-        except UserError:
-            raise
-        except Exception as e:  # BadZipFile, struct.error, OverflowError, ...
-            raise UserError(f'{path} is not a whole zip ({e}): get it again') from None
-        files = [File(name, path, name) for name in sorted(names)]
+        names = sorted(open_zip(path).namelist())
+        files = [File(name, path, name) for name in names]
     else:
         files = [File(path.name, path)]
     files = [file for file in files if not re.search(r'(^|/)(\.[^/]|__MACOSX/)', file.name)]
     zips = [file.name for file in files if file.name.lower().endswith('.zip')]
     if zips:
-        log(printable(f'{len(zips)} zip files inside {path} are left alone, {zips[0]} for one: '
+        log(notation.printable(f'{len(zips)} zip files inside {path} are left alone, {zips[0]} for one: '
                       'give --data one of them, or unpack them'))
     music = [file for file in files if file.name.lower().endswith(MUSIC)]
     if not music:
@@ -739,7 +717,7 @@ def find_nottingham(log):
     trouble = []
     if NOTTINGHAM.exists():
         try:
-            nottingham_files(read_bytes(NOTTINGHAM))
+            nottingham_files(notation.read_bytes(NOTTINGHAM))
             return 'Nottingham', NOTTINGHAM
         except UserError as e:
             trouble.append(f'{NOTTINGHAM}: {e}')
@@ -754,7 +732,7 @@ def find_nottingham(log):
     trouble = '; '.join(trouble)
     if not TUNES.exists():
         raise UserError(f'there is neither Nottingham ({trouble}) nor {TUNES}: give --data your own music')
-    log(printable(f'no Nottingham ({trouble}), so this is the bundled {TUNES.name}; '
+    log(notation.printable(f'no Nottingham ({trouble}), so this is the bundled {TUNES.name}; '
                   'put nottingham.zip beside it to change that'))
     return f'{TUNES.name}, for want of Nottingham', TUNES
 
@@ -795,7 +773,7 @@ def keep_nottingham(files):
     with zipfile.ZipFile(buffer, 'w') as archive:
         for name in sorted(files):
             archive.writestr(zipfile.ZipInfo(f'Nottingham/{name}'), files[name], zipfile.ZIP_DEFLATED)
-    write_whole(NOTTINGHAM, buffer.getvalue())
+    notation.write_whole(NOTTINGHAM, buffer.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -808,12 +786,12 @@ def save_songs(path, songs, skipped):
     buffer = io.BytesIO()
     notes = np.concatenate([song.notes for _, song in songs] or [np.zeros((0, 3), np.float32)])
     np.savez_compressed(buffer, table=np.frombuffer(text, np.uint8), notes=notes)
-    write_whole(path, buffer.getvalue())
+    notation.write_whole(path, buffer.getvalue())
 
 
 def load_songs(path):
     """What save_songs wrote, as read_music gives it. Raises UserError if it is no such file."""
-    content = read_bytes(path)
+    content = notation.read_bytes(path)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             table = json.loads(arrays['table'].tobytes())
@@ -837,7 +815,7 @@ def main():
     args = parser.parse_args()
     if args.out.suffix.lower() != '.npz':
         raise UserError(f'{args.out} has to end in .npz, by which --data knows it: give another name')
-    check_writable(args.out)
+    notation.check_writable(args.out)
     songs, skipped = read_music(args.music.resolve(), print)
     tell_what_is_skipped(args.music, songs, skipped)
     save_songs(args.out, songs, skipped)

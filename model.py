@@ -458,6 +458,7 @@ class Lookback(nn.Module):
         C = config.n_embd
         W = config.lookback
         self.W = W
+        self.register_buffer('lags', torch.arange(W, 0, -1), persistent=False)
         self.run = nn.Linear(W, C, bias=False)
         self.ln = nn.LayerNorm(C)
         self.lag = nn.Linear(C, W + 1)
@@ -479,8 +480,7 @@ class Lookback(nn.Module):
         before = names.unfold(1, self.W, 1)[:, :T]      # (B, T, W): the W frames before each
         now = names[:, self.W:]
         same = before == now.unsqueeze(2)
-        lags = torch.arange(self.W, 0, -1, device=names.device)
-        in_this_tune = lags <= age.unsqueeze(2)
+        in_this_tune = self.lags <= age.unsqueeze(2)
         return same & in_this_tune
 
     def runs(self, match, before):
@@ -501,8 +501,7 @@ class Lookback(nn.Module):
         trust = self.trust * run.log1p()
         scores = self.lag(self.ln(h)) + F.pad(trust, (1, 0))                    # (B, T, 1 + W)
         p = scores.softmax(-1)[..., 1:]
-        lags = torch.arange(W, 0, -1, device=h.device)
-        in_this_tune = lags <= age.unsqueeze(2) + 1
+        in_this_tune = self.lags <= age.unsqueeze(2) + 1
         p = p * in_this_tune
         # Row t of p belongs to the frames t + 1 .. t + W of seen. Rows of W + T + 1 read as rows of W + T slide to the
         # right by one more each (the skewing of Huang et al. 2018), and one product adds the frames up
@@ -617,15 +616,14 @@ class ChordHead(nn.Module):
         # one row for every choice of every frame: (frame, choice) in reading order, "done" is choice V
         choices = F.pad(frames, (0, 1), value=1)
         frame, choice = choices.nonzero(as_tuple=True)                                  # (M,), (M,)
-        first = torch.ones_like(frame, dtype=torch.bool)
-        first[1:] = frame[1:] != frame[:-1]
-        last = torch.where(first, -1, choice.roll(1))
         # in whole blocks of rows: for every new number of rows a CPU's matrix library makes, and keeps, new code
         M = len(frame)
         spare = -M % 512
         rows = F.pad(frame, (0, spare))
         choice = F.pad(choice, (0, spare), value=V)
-        last = F.pad(last, (0, spare), value=-1)
+        # before the first choice of a frame stands the "done" of another
+        before = choice.roll(1)
+        last = before.masked_fill(before == V, -1)
         # index_select, since the backward of h[rows] would take three times as long
         units = torch.arange(V, device=h.device)
         lower = units < choice.unsqueeze(-1)
@@ -790,15 +788,14 @@ class Model(nn.Module):
         self.eval()
         B, P, V = prompt.shape
 
-        def told(begin, end):
-            return None if plan is None else plan[:, begin:end]
+        def told(begin, count):
+            return None if plan is None else plan[:, begin:begin + count]
 
         state = None
         at_once = max(1, 4096 // B)             # looking back takes memory for each frame
         for begin in range(0, P, at_once):
-            end = min(begin + at_once, P)
-            piece = prompt[:, begin:end]
-            out, state = self(piece, state, told(begin, end))
+            piece = prompt[:, begin:begin + at_once]
+            out, state = self(piece, state, told(begin, piece.shape[1]))
         frames = torch.empty(B, length, V, dtype=torch.uint8, device=prompt.device)
         ends = torch.full((B,), length, device=prompt.device)
         for t in range(length):
@@ -806,20 +803,18 @@ class Model(nn.Module):
             frame = self.head.sample(out[:, -1], temperature, top_p, generator, may_end)
             is_boundary = frame[:, -1] > 0
             ends[is_boundary & (ends == length)] = t
-            if (ends < length).all():
+            ended = ends < length
+            if ended.all():
                 break
             frames[:, t] = frame
-            rows = None
-            if go_on:
-                rows = go_on(frames[:, :t + 1], ends < length)
+            rows = go_on(frames[:, :t + 1], ended) if go_on else None
             if rows is not None:
                 frame = frame[rows]
                 frames = frames[rows]
                 ends = ends[rows]
                 plan = plan[rows]
                 state = take_rows(state, rows)
-            now = P + t
-            out, state = self(frame.unsqueeze(1), state, told(now, now + 1))
+            out, state = self(frame.unsqueeze(1), state, told(P + t, 1))
         return [tune[:end] for tune, end in zip(frames, ends.tolist())]
 
 
@@ -866,7 +861,12 @@ def load_checkpoint(path, device='cpu'):
         checkpoint = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
         if checkpoint['version'] != VERSION:
             raise ValueError(f'it is of version {checkpoint["version"]}, this code reads {VERSION}')
-        model = Model(Config(**checkpoint['config']))
+        config = Config(**checkpoint['config'])
+        # before there is memory for them: the least numbers that such a model has, beside all bytes of the file
+        rows = config.n_units + config.lookback + config.form + config.n_layer * config.n_embd
+        if rows * config.n_embd > len(content):
+            raise ValueError('it is too short for a model of its config')
+        model = Model(config)
         # a copy, since torch notes 'assign' in the dictionary it gets
         weights = dict(checkpoint['model'])
         model.load_state_dict(weights, assign=True)

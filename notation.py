@@ -12,7 +12,6 @@ import itertools
 import os
 import re
 import sys
-import unicodedata
 from dataclasses import dataclass
 from dataclasses import field
 from fractions import Fraction
@@ -217,10 +216,9 @@ def common_key_shift(song):
     (G 5, D -2, A 3); an octave off that where a note would leave the keyboard, 0 where nothing fits."""
     count = estimate_key(song.notes)[0] if song.sharps is None else song.sharps
     shift = interval(count, 0)
-    down = song.notes[:, 0].min(initial=KEYS)
-    up = KEYS - 1 - song.notes[:, 0].max(initial=0)
     for semitones in (shift, shift + 12, shift - 12):
-        if -down <= semitones <= up:
+        keys = song.notes[:, 0] + semitones
+        if ((keys >= 0) & (keys < KEYS)).all():
             return semitones
     return 0
 
@@ -503,13 +501,8 @@ def write_midi(notes, path, tempo=120.0, name='', sharps=None, minor=False, metr
         release = max(round(end * TICKS), tick + 1)
         strikes.append(mido.Message('note_on', note=note, velocity=80, time=tick))
         releases.append(mido.Message('note_on', note=note, velocity=0, time=release))
-    # at one time releases come before strikes
-    messages = sorted(signs + releases + strikes, key=lambda message: message.time)
-    track = mido.MidiTrack()
-    now = 0
-    for message in messages:
-        track.append(message.copy(time=message.time - now))
-        now = message.time
+    # each message is a track of its own, whose time counts from the start; at one time releases come before strikes
+    track = mido.merge_tracks([message] for message in signs + releases + strikes)
     buffer = io.BytesIO()
     file = mido.MidiFile(type=0, ticks_per_beat=TICKS, charset='utf-8', tracks=[track])
     file.save(file=buffer)
@@ -981,8 +974,7 @@ def write_abc(notes, name='', tempo=120.0, sharps=None, minor=False, metre=None,
         sharps, minor = estimate_key(notes)
     sharps = written(sharps)
     metre, bar, pickup = fit_bars(notes, metre, pickup)
-    title = unicodedata.normalize('NFKD', name).encode('ascii', 'ignore').decode()
-    title = re.sub(r'[^ -~]|%', ' ', title).strip() or 'Untitled'
+    title = printable(name).replace('%', ' ').strip() or 'Untitled'
     # tick 0 is the bar line before the first note, or at it
     first = round(-pickup % bar * BEAT)
     melody, chords, left_out = find_chords(snap(notes, first))

@@ -420,7 +420,7 @@ def set_up(args):
     if world > 1 and not rank:
         dist.barrier()
     args.common_key = dataset.common_key
-    dataset.batch('train', 1, args.block_size, 0, np.random.default_rng())     # complains if there is too little music
+    dataset.batch(1, args.block_size, 0, np.random.default_rng())     # complains if there is too little music
     model = models.Model(make_config(args, dataset.representation, device)).to(device)
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -567,7 +567,7 @@ def make_steps(setup, run, signals):
         # dropout differs. Seeds are made of the step, so that a resumed run goes on with the same random numbers
         rng = np.random.default_rng((args.seed, run.step))
         torch.manual_seed(int(rng.integers(2 ** 62)) + rank)
-        windows = dataset.batch('train', args.batch_size, args.block_size, transpose_at(done, args), rng,
+        windows = dataset.batch(args.batch_size, args.block_size, transpose_at(done, args), rng,
                                 model.config.lookback, TOLD if model.config.form else 0.0)
         pieces = [part[rank::world].to(device).chunk(args.gradient_accumulation_steps) for part in windows]
         loss = 0.0

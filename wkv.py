@@ -264,6 +264,22 @@ def launch_backward(w, u, k, v, saved, g):
     return dw.sum((0, 1)), du.sum((0, 1)), dk, dv
 
 
+def allocate_gradients(w, u, k, v, saved, g):
+    """Room for what launch_backward returns."""
+    return [x.new_empty(x.shape) for x in (w, u, k, v)]
+
+
+def keep_for_backward(ctx, inputs, output):
+    w, u, k, v, _ = inputs
+    _, _, saved = output
+    ctx.save_for_backward(w, u, k, v, saved)
+
+
+def backward(ctx, g, *_):
+    """The gradients of w, u, k, v and, none, of the state."""
+    return *kernel_backward(*ctx.saved_tensors, g), None
+
+
 # Operators, for autograd and torch.compile. torch.library.custom_op makes such ones, too, but imports the compiler
 FORWARD = '(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state) -> (Tensor, Tensor, Tensor)'
 BACKWARD = '(Tensor w, Tensor u, Tensor k, Tensor v, Tensor saved, Tensor g) -> (Tensor, Tensor, Tensor, Tensor)'
@@ -271,13 +287,11 @@ torch.library.define('wkv::forward', FORWARD)
 torch.library.define('wkv::backward', BACKWARD)
 torch.library.impl('wkv::forward', 'default', launch_forward)
 torch.library.impl('wkv::backward', 'default', launch_backward)
+torch.library.register_fake('wkv::forward', allocate)
+torch.library.register_fake('wkv::backward', allocate_gradients)
+torch.library.register_autograd('wkv::forward', backward, setup_context=keep_for_backward)
 kernel_forward = torch.ops.wkv.forward
 kernel_backward = torch.ops.wkv.backward
-torch.library.register_fake('wkv::forward', allocate)
-torch.library.register_fake('wkv::backward', lambda *inputs: [x.new_empty(x.shape) for x in inputs[:4]])
-torch.library.register_autograd(
-    'wkv::forward', lambda ctx, g, *_: (*kernel_backward(*ctx.saved_tensors, g), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:4], output[2]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
