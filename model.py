@@ -64,7 +64,8 @@ class Dropout(nn.Module):
         if not self.training or self.p == 0:
             return x
         B, _, C = x.shape
-        keep = torch.rand(B, 1, C, device=x.device) >= self.p
+        chance = torch.rand(B, 1, C, device=x.device)
+        keep = chance >= self.p
         factor = keep / (1 - self.p)
         return x * factor.to(x.dtype)
 
@@ -127,9 +128,9 @@ class LSTMBlock(nn.Module):
     def forward(self, x, state):
         if state is not None:
             state = tuple(part.unsqueeze(0) for part in state)
-        out, state = self.lstm(self.ln(x), state)
-        h, c = state
-        return x + self.drop(out), (h.squeeze(0), c.squeeze(0))
+        out, (h, c) = self.lstm(self.ln(x), state)
+        state = h.squeeze(0), c.squeeze(0)
+        return x + self.drop(out), state
 
 
 def token_shift(x, last):
@@ -401,11 +402,13 @@ class Clock(nn.Module):
 
     def forward(self, n):
         """n (B, T, counts), or (B, T) for one count -> (B, T, C)."""
-        steps = self.beat * torch.tensor(self.beats, device=n.device)
-        turned = n.unsqueeze(-1) * (1 / steps) % 1
+        beats = torch.tensor(self.beats, device=n.device)
+        turns = 1 / (self.beat * beats)                 # in a step
+        turned = n.unsqueeze(-1) * turns % 1
         angle = 2 * math.pi * turned
         hands = torch.cat((angle.cos(), angle.sin()), dim=-1)
-        hands = hands.flatten(2).to(self.position.weight.dtype)
+        dtype = self.position.weight.dtype
+        hands = hands.flatten(2).to(dtype)
         return self.position(hands)
 
 
@@ -435,7 +438,8 @@ class Form(nn.Module):
         back, *_, metre, home = plan.unbind(-1)
         told = (back > 0).unsqueeze(-1)
         left = plan[..., 1:4]
-        x = self.back(back) + self.metre(metre) + self.left(left)
+        x = self.back(back) + self.metre(metre)
+        x = x + self.left(left)
         return told * x, told * self.home(home)
 
 
@@ -458,7 +462,8 @@ class Lookback(nn.Module):
         C = config.n_embd
         W = config.lookback
         self.W = W
-        self.register_buffer('lags', torch.arange(W, 0, -1), persistent=False)
+        lags = torch.arange(W, 0, -1)
+        self.register_buffer('lags', lags, persistent=False)
         self.run = nn.Linear(W, C, bias=False)
         self.ln = nn.LayerNorm(C)
         self.lag = nn.Linear(C, W + 1)
@@ -477,7 +482,8 @@ class Lookback(nn.Module):
     def matches(self, names, age):
         """Step 1: names (B, W + T) of all frames seen, age (B, T) frames since the boundary -> (B, T, W) bool."""
         T = age.shape[1]
-        before = names.unfold(1, self.W, 1)[:, :T]      # (B, T, W): the W frames before each
+        before = names.unfold(1, self.W, 1)
+        before = before[:, :T]                          # (B, T, W): the W frames before each
         now = names[:, self.W:]
         same = before == now.unsqueeze(2)
         in_this_tune = self.lags <= age.unsqueeze(2)
@@ -499,14 +505,17 @@ class Lookback(nn.Module):
         B, T, W = run.shape
         run = run.to(self.trust.dtype)
         trust = self.trust * run.log1p()
-        scores = self.lag(self.ln(h)) + F.pad(trust, (1, 0))                    # (B, T, 1 + W)
-        p = scores.softmax(-1)[..., 1:]
+        scores = self.lag(self.ln(h))                                           # (B, T, 1 + W)
+        scores = scores + F.pad(trust, (1, 0))
+        p = scores.softmax(-1)
+        p = p[..., 1:]
         in_this_tune = self.lags <= age.unsqueeze(2) + 1
         p = p * in_this_tune
         # Row t of p belongs to the frames t + 1 .. t + W of seen. Rows of W + T + 1 read as rows of W + T slide to the
         # right by one more each (the skewing of Huang et al. 2018), and one product adds the frames up
         slid = F.pad(p, (0, T + 1)).flatten(1)
-        slid = slid[:, :T * (W + T)].view(B, T, W + T)
+        slid = slid[:, :T * (W + T)]
+        slid = slid.view(B, T, W + T)
         weights = slid[..., :-1].to(h.dtype)
         recalled = weights @ seen[:, 1:].to(h.dtype)
         return self.recall(recalled)
@@ -526,7 +535,8 @@ def choose(logits, temperature, top_p, generator):
     nucleus = total.where(inside, 0).amax(-1, keepdim=True)
     # a random point below that lies in the share of one of them
     chance = torch.rand(nucleus.shape, generator=generator, device=logits.device)
-    rank = (total <= nucleus * chance).sum(-1, keepdim=True)
+    point = nucleus * chance
+    rank = (total <= point).sum(-1, keepdim=True)
     return order.gather(-1, rank).squeeze(-1)
 
 
@@ -630,8 +640,9 @@ class ChordHead(nn.Module):
         chosen = frames.index_select(0, rows) * lower                                   # (M, V): units taken so far
         hidden = h.index_select(0, rows) + self.chosen(chosen.to(h.dtype))
         logits = self.logits(hidden, last)
-        loss = F.cross_entropy(logits, choice, reduction='none')[:M]
-        nats = loss.new_zeros(len(frames)).index_add(0, frame, loss)
+        loss = F.cross_entropy(logits, choice, reduction='none')
+        nats = loss.new_zeros(len(frames))
+        nats = nats.index_add(0, frame, loss[:M])
         return nats.view(shape)
 
     def sample(self, hidden, temperature=1.0, top_p=1.0, generator=None, may_end=True):
@@ -717,7 +728,8 @@ class Model(nn.Module):
         age = time = count_since(boundary, passed, state.age)
         if self.config.shift:
             shifts = frames[..., self.config.shift:-1]
-            steps = torch.arange(1, shifts.shape[-1] + 1, device=frames.device)
+            longest = shifts.shape[-1]
+            steps = torch.arange(1, longest + 1, device=frames.device)
             taken = (shifts * steps).sum(-1)
             time = count_since(boundary, taken.cumsum(1), state.time)
         return time, age
@@ -728,7 +740,8 @@ class Model(nn.Module):
         plan: (B, T, 6) what is told of the frame after each; None: nothing."""
         state = state or self.start(frames)
         home = 0
-        x = self.emb(frames.to(self.emb.weight.dtype))
+        dtype = self.emb.weight.dtype
+        x = self.emb(frames.to(dtype))
         time, age = self.advance(frames, state)
         if self.clock:
             x = x + self.clock(time)
@@ -753,7 +766,8 @@ class Model(nn.Module):
             W = self.look.W
             past = seen[:, -W:]
             names = names[:, -W:]
-            state = state._replace(past=past, names=names, run=run[:, -1])
+            run = run[:, -1]
+            state = state._replace(past=past, names=names, run=run)
         out = self.head(self.ln_out(x + home))
         return out, state
 
@@ -770,11 +784,11 @@ class Model(nn.Module):
         of a tune, and in pieces, so that long songs need no more memory."""
         nats = []
         state = None
-        pieces = frames[:, :-1].split(512, dim=1)
-        targets = frames[:, 1:].split(512, dim=1)
-        for piece, target in zip(pieces, targets):
-            out, state = self(piece, state)
-            nats.append(self.head.nll(out, target))
+        for begin in range(0, frames.shape[1] - 1, 512):
+            piece = frames[:, begin:begin + 513]
+            out, state = self(piece[:, :-1], state)
+            targets = piece[:, 1:]
+            nats.append(self.head.nll(out, targets))
         return torch.cat(nats, dim=1)
 
     @torch.inference_mode()
@@ -800,9 +814,11 @@ class Model(nn.Module):
         ends = torch.full((B,), length, device=prompt.device)
         for t in range(length):
             may_end = t >= at_least
-            frame = self.head.sample(out[:, -1], temperature, top_p, generator, may_end)
+            last = out[:, -1]
+            frame = self.head.sample(last, temperature, top_p, generator, may_end)
             is_boundary = frame[:, -1] > 0
-            ends[is_boundary & (ends == length)] = t
+            ends_here = is_boundary & (ends == length)
+            ends[ends_here] = t
             ended = ends < length
             if ended.all():
                 break
@@ -815,12 +831,14 @@ class Model(nn.Module):
                 plan = plan[rows]
                 state = take_rows(state, rows)
             out, state = self(frame.unsqueeze(1), state, told(P + t, 1))
-        return [tune[:end] for tune, end in zip(frames, ends.tolist())]
+        ends = ends.tolist()
+        return [tune[:end] for tune, end in zip(frames, ends)]
 
 
 def count_parameters(config):
     with torch.device('meta'):                          # shapes without memory
-        return sum(p.numel() for p in Model(config).parameters())
+        model = Model(config)
+    return sum(p.numel() for p in model.parameters())
 
 
 def same_size(config):
@@ -831,7 +849,11 @@ def same_size(config):
     larger = bisect.bisect(sizes, target, key=count_parameters)
     smaller = max(0, larger - 1)
     neighbours = sizes[smaller:larger + 1]
-    return min(neighbours, key=lambda size: abs(count_parameters(size) - target))
+
+    def error(size):
+        return abs(count_parameters(size) - target)
+
+    return min(neighbours, key=error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -844,7 +866,8 @@ def save_checkpoint(path, model, **more):
     """Writes a model and what more there is to say, numbers and text, whole or not at all. Raises UserError."""
     buffer = io.BytesIO()
     config = asdict(model.config)
-    checkpoint = dict(version=VERSION, config=config, model=model.state_dict(), **more)
+    weights = model.state_dict()
+    checkpoint = dict(version=VERSION, config=config, model=weights, **more)
     torch.save(checkpoint, buffer)
     write_whole(path, buffer.getbuffer())
 
@@ -858,19 +881,22 @@ def load_checkpoint(path, device='cpu'):
         archive = zipfile.ZipFile(io.BytesIO(content))
         if archive.testzip():
             raise ValueError('its checksums are wrong')
-        checkpoint = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
+        file = io.BytesIO(content)
+        checkpoint = torch.load(file, map_location='cpu', weights_only=True)
         if checkpoint['version'] != VERSION:
             raise ValueError(f'it is of version {checkpoint["version"]}, this code reads {VERSION}')
         config = Config(**checkpoint['config'])
         # before there is memory for them: the least numbers that such a model has, beside all bytes of the file
-        rows = config.n_units + config.lookback + config.form + config.n_layer * config.n_embd
+        rows = config.n_units + config.lookback + config.form
+        rows += config.n_layer * config.n_embd
         if rows * config.n_embd > len(content):
             raise ValueError('it is too short for a model of its config')
         model = Model(config)
         # a copy, since torch notes 'assign' in the dictionary it gets
         weights = dict(checkpoint['model'])
         model.load_state_dict(weights, assign=True)
-        if not all(p.isfinite().all() for p in model.parameters()):
+        finite = [p.isfinite().all() for p in model.parameters()]
+        if not all(finite):
             raise ValueError('its weights are not finite')
     except Exception as e:      # whatever unzipping and unpickling make of bytes that are not a checkpoint
         why = f'{type(e).__name__}: {e}'

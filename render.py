@@ -70,9 +70,10 @@ def add_room(sound):
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((2, len(t)))
     answer = 0.004 * noise * np.exp(-6.9 * t / 0.7)
-    # a convolution is a product of spectra
+    # a convolution is a product of spectra; those of whole seconds are quick to work out, since RATE has small factors
     length = sound.shape[1]
-    size = 1 << (length + len(t)).bit_length()
+    seconds = math.ceil((length + len(t)) / RATE)
+    size = seconds * RATE
     spectrum = np.fft.rfft(sound.mean(0), size)
     for side, response in zip(sound, answer):
         product = spectrum * np.fft.rfft(response, size)
