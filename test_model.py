@@ -3,10 +3,8 @@
 import contextlib
 import csv
 import dataclasses
-import errno
 import functools
 import hashlib
-import http.server
 import io
 import itertools
 import json
@@ -29,9 +27,9 @@ import wave
 import xml.etree.ElementTree as ET
 import zipfile
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import mido
 import numpy as np
@@ -46,16 +44,12 @@ import render
 import sample
 import train
 import wkv
-from model import Clock
 from model import Config
-from model import Dropout
 from model import load_checkpoint
 from model import Model
 from model import save_checkpoint
 from notation import Song
 from notation import UserError
-
-HERE = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,17 +84,17 @@ def midi_bytes(*tracks, kind=1, ticks=480):
 
 
 def midi_rows(song):
-    return [(int(key) + 21, round(float(on), 4), round(float(end), 4)) for key, on, end in song.notes]
+    return [(int(key) + 21, float(on), float(end)) for key, on, end in song.notes]
 
 
-def midi_chunk(body, length=None):
-    return b'MTrk' + struct.pack('>I', len(body) if length is None else length) + body
+def midi_chunk(body, more=0):
+    """A track; the length that it states is so many bytes too long."""
+    return b'MTrk' + struct.pack('>I', len(body) + more) + body
 
 
-def midi_raw(*events, before=b'', after=b'', count=1, length=None, end=b'\0\xff\x2f\0'):
+def midi_raw(*events, before=b'', after=b'', count=1, length=0, end=b'\0\xff\x2f\0'):
     """A file byte by byte: C4 in the first beat, then the events, then E4 in the second beat."""
     body = b'\0\x90\x3c\x50\x83\x60\x80\x3c\0' + b''.join(events) + b'\0\x90\x40\x50\x83\x60\x80\x40\0' + end
-    length = None if length is None else len(body) + length
     return b'MThd' + struct.pack('>IHHH', 6, 1, count, 480) + before + midi_chunk(body, length) + after
 
 
@@ -129,11 +123,7 @@ def test_files_that_are_no_plain_files_are_refused(tmp_path):
 def test_files_keep_what_they_had_if_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / 'a.pt'
     path.write_bytes(b'old')
-
-    def full(descriptor):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(os, 'fsync', full)
+    monkeypatch.setattr(os, 'fsync', Mock(side_effect=OSError(28, 'No space left on device')))
     with pytest.raises(UserError, match='a.pt .No space left'):
         notation.write_whole(path, b'new')
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['a.pt']
@@ -224,9 +214,7 @@ def test_midi_running_status_loud_notes_dropped_notes_and_silence():
 
 
 def test_midi_first_tempo_key_and_metre():
-    def meta(kind, **fields):
-        return mido.MetaMessage(kind, **fields)
-
+    meta = mido.MetaMessage
     song = notation.read_midi(midi_bytes(
         [meta('set_tempo', tempo=400_000, time=960), meta('key_signature', key='C', time=960)],
         [meta('set_tempo', tempo=750_000, time=240), meta('key_signature', key='F#m', time=480),
@@ -357,7 +345,6 @@ def test_metre_of_plain_tunes(metre, pickup):
 
 def test_metre_without_notes_and_of_bars_that_are_known():
     assert notation.estimate_metre([]) == (4, 0) and notation.metre_text([], 3, 0) in ('3/4', '6/8')
-    assert notation.estimate_metre(metre_tune('3/4', 1), 3)[0] == 3
     assert [notation.metre_text([], bar, 0) for bar in (2, 4, 4.5)] == ['2/4', '4/4', '9/8']
     assert [notation.estimate_metre([[40, 0, 1], [42, 3, 9]], bar)[0] for bar in (1.5, 3.5, 5, 6)] == [1.5, 3.5, 5, 6]
     # what a broken file may hold costs neither time nor memory
@@ -366,7 +353,7 @@ def test_metre_without_notes_and_of_bars_that_are_known():
 
 def test_metre_of_the_bundled_tunes():
     right = []
-    for song in notation.read_abc(HERE / 'tunes.abc'):
+    for song in notation.read_abc(data.TUNES):
         bar, pickup = notation.estimate_metre(song.notes)
         told = notation.bar_beats(song.metre)
         off = (pickup - song.pickup) % min(bar, told)
@@ -389,15 +376,11 @@ def abc_songs(body, head='M:4/4\nL:1/4\nK:C', **more):
     return notation.read_abc(f'X:1\nT:tune\n{head}\n{body}\n'.encode(), 'x.abc', **more)
 
 
-def abc_rows(notes):
-    return [(int(key) + 21, float(on), float(end)) for key, on, end in notes]
-
-
-def abc_melody(body, head='M:4/4\nL:1/4\nK:C'):
+def abc_melody(body):
     """The notes as one string: letter, octave and length in quarter notes, with rests, in order of onset."""
     out = []
     now = 0
-    for note, on, end in abc_rows(abc_songs(body, head)[0].notes):
+    for note, on, end in midi_rows(abc_songs(body)[0]):
         if on > now:
             out.append(f'z{on - now:g}')
         out.append('C ^C D ^D E F ^F G ^G A ^A B'.split()[note % 12] + f'{note // 12 - 1}:{end - on:.3g}')
@@ -406,7 +389,7 @@ def abc_melody(body, head='M:4/4\nL:1/4\nK:C'):
 
 
 def abc_letters(body, head='M:4/4\nL:1/4\nK:C'):
-    return ''.join('C_D_EF_G_A_B'[note % 12] for note, *_ in abc_rows(abc_songs(body, head)[0].notes))
+    return ''.join('C_D_EF_G_A_B'[note % 12] for note, *_ in midi_rows(abc_songs(body, head)[0]))
 
 
 @pytest.mark.parametrize('body, melody', [
@@ -416,6 +399,7 @@ def abc_letters(body, head='M:4/4\nL:1/4\nK:C'):
     ('C z C z/ C x2 C | Z | D Z2 E', 'C4:1 z1 C4:1 z0.5 C4:1 z2 C4:1 z4 D4:1 z8 E4:1'),
     ('C-C D-|D2 E-F C3-\nC .-', 'C4:2 D4:3 E4:1 F4:1 C4:4'),
     ('C>D C<D C>>D C<<D C>>>D', 'C4:1.5 D4:0.5 C4:0.5 D4:1.5 C4:1.75 D4:0.25 C4:0.25 D4:1.75 C4:1.88 D4:0.125'),
+    ('[M:6/8][L:1/8](2CD(5CDEFG', 'C4:0.75 D4:0.75 C4:0.3 D4:0.3 E4:0.3 F4:0.3 G4:0.3'),
     ('(3CDE (2FG (4CDEF A', 'C4:0.667 D4:0.667 E4:0.667 F4:1.5 G4:1.5 C4:0.75 D4:0.75 E4:0.75 F4:0.75 A4:1'),
     ('(5:4CDEFG (3::2C2D E (3:2:4 C/D/EF G', 'C4:0.8 D4:0.8 E4:0.8 F4:0.8 G4:0.8 C4:1.33 D4:0.667 E4:1 '
      'C4:0.333 D4:0.333 E4:0.667 F4:0.667 G4:1'), ('{fg}A {/d}(B .c) ~d !trill!e +turn+f Tg vA uB y4 c`d $',
@@ -436,10 +420,6 @@ def abc_letters(body, head='M:4/4\nL:1/4\nK:C'):
 ])
 def test_abc_melody(body, melody):
     assert abc_melody(body) == melody
-
-
-def test_abc_tuplets_in_compound_time():
-    assert abc_melody('(2CD(5CDEFG', 'M:6/8\nL:1/8\nK:C') == 'C4:0.75 D4:0.75 C4:0.3 D4:0.3 E4:0.3 F4:0.3 G4:0.3'
 
 
 @pytest.mark.parametrize('body, letters', [
@@ -491,7 +471,7 @@ def test_abc_keys(keys, sharps, fgabcde):
     for key in keys.split(', '):
         song = abc_songs('FGABCDE', f'L:1/4\nK:{key}')[0]
         assert song.sharps == sharps and song.minor == (key in ('Am', 'F#m', 'Amin', 'A aeolian'))
-        names = ['C ^C D ^D E F ^F G ^G A ^A B'.split()[n % 12] for n, *_ in abc_rows(song.notes)]
+        names = ['C ^C D ^D E F ^F G ^G A ^A B'.split()[n % 12] for n, *_ in midi_rows(song)]
         assert names == fgabcde.split()
 
 
@@ -504,7 +484,7 @@ def test_abc_keys(keys, sharps, fgabcde):
 ])
 def test_abc_unit_length_and_tempo(head, beats, tempo):
     song = abc_songs('C', f'{head}\nK:C')[0]
-    assert abc_rows(song.notes) == [(60, 0, beats)] and song.tempo == tempo
+    assert midi_rows(song) == [(60, 0, beats)] and song.tempo == tempo
     assert abc_songs('Q:1/4=77\nC\nQ:1/4=99\nC', 'K:C')[0].tempo == 77
 
 
@@ -522,16 +502,16 @@ def test_abc_metre_and_pickup(head, body, metre, pickup):
 
 
 def test_abc_chords_and_chord_symbols():
-    assert abc_rows(abc_songs('[CEG]2 [CE]/ [C2E]-[CF]')[0].notes) == [
+    assert midi_rows(abc_songs('[CEG]2 [CE]/ [C2E]-[CF]')[0]) == [
         (60, 0, 2), (64, 0, 2), (67, 0, 2), (60, 2, 2.5), (64, 2, 2.5), (60, 2.5, 5.5), (64, 2.5, 4.5), (65, 4.5, 5.5)]
-    assert abc_rows(abc_songs('["Am"C!f!.E]')[0].notes) == [(60, 0, 1), (64, 0, 1)]
+    assert midi_rows(abc_songs('["Am"C!f!.E]')[0]) == [(60, 0, 1), (64, 0, 1)]
     # held to the next symbol, over bars and rests, struck again by the same symbol; N.C. and the end stop it
     for stop in ('"N.C."', '"NC"', '"^N.C."'):
-        rows = abc_rows(abc_songs(f'c "G7"d2 z|"G"d z {stop}d "F#m/C#"c2|')[0].notes)
+        rows = midi_rows(abc_songs(f'c "G7"d2 z|"G"d z {stop}d "F#m/C#"c2|')[0])
         assert [r for r in rows if r[0] < 66] == [(n, *t) for t in ((1, 4), (4, 6), (7, 9)) for n in
                                                   ((55, 59, 62) if t[0] < 7 else (54, 57, 61))]
     # the melody's D4 is inside G B D: the triad turns over until it lies below
-    assert abc_rows(abc_songs('"G"D4')[0].notes) == [(50, 0, 4), (55, 0, 4), (59, 0, 4), (62, 0, 4)]
+    assert midi_rows(abc_songs('"G"D4')[0]) == [(50, 0, 4), (55, 0, 4), (59, 0, 4), (62, 0, 4)]
     for intervals, symbols in {
         (0, 4, 7): 'C C7 Cmaj7 CMaj7 CM7 C6 C6/9 Cadd9 C13 C/g C/f+ C7/b C/Bb C/^f C(Am)',
         (0, 3, 7): 'Cm Cm7 Cmin Cm/e_ C-',
@@ -539,15 +519,15 @@ def test_abc_chords_and_chord_symbols():
         (0, 3, 6): 'Cdim Cd C/dim Co7 Cm7b5 C°', (0, 4, 8): 'Caug C+ C7#5', (0, 2, 7): 'Csus2',
     }.items():
         for symbol in symbols.split():
-            rows = abc_rows(abc_songs(f'"{symbol}"c4')[0].notes)
+            rows = midi_rows(abc_songs(f'"{symbol}"c4')[0])
             assert [n - 48 for n, *_ in rows[:-1]] == list(intervals), symbol
-    assert [n for n, *_ in abc_rows(abc_songs('"B♭"c4')[0].notes)] == [58, 62, 65, 72]
+    assert [n for n, *_ in midi_rows(abc_songs('"B♭"c4')[0])] == [58, 62, 65, 72]
     for words in ('p', 'tr', '1', 'Allegro', 'Fine', 'Capo 2', 'D C', 'Gently', 'a', '^C', 'Cxyz', ''):
-        assert abc_rows(abc_songs(f'"{words}"c4')[0].notes) == [(72, 0, 4)], words
+        assert midi_rows(abc_songs(f'"{words}"c4')[0]) == [(72, 0, 4)], words
     # a symbol that is replaced at once makes no sound; with a repeat the symbols come round again
     assert len(abc_songs('"C""G"c4')[0].notes) == len(abc_songs('"N.C.""G"c4')[0].notes) == 4
     assert len(abc_songs('"G""N.C."c4')[0].notes) == 1
-    assert [r[1:] for r in abc_rows(abc_songs('|:"C"c4:|')[0].notes) if r[0] == 48] == [(0, 4), (4, 8)]
+    assert [r[1:] for r in midi_rows(abc_songs('|:"C"c4:|')[0]) if r[0] == 48] == [(0, 4), (4, 8)]
 
 
 @pytest.mark.parametrize('body, thing', [
@@ -571,7 +551,7 @@ def test_abc_files(tmp_path, capsys):
         path.write_bytes(text.lstrip('\ufeff' * (encoding == 'latin-1')).encode(encoding))
         songs = notation.read_abc(path)
         assert [s.name for s in songs] == ['Café', 'X:3']
-        assert [abc_rows(s.notes) for s in songs] == [[(69, 0, 1), (69, 1, 2)], [(66, 0, 1)]]
+        assert [midi_rows(s) for s in songs] == [[(69, 0, 1), (69, 1, 2)], [(66, 0, 1)]]
         assert songs[0].text == 'M:3/4\nL:1/4\nK:G\nA:|\n'
         assert '"Two"' in capsys.readouterr().err
     path.write_bytes('X:1\nT:Café\nK:C\nC'.encode('utf-16'))
@@ -593,7 +573,7 @@ def test_abc_text_is_the_tune_itself():
             '%%x\nG–A|\nw:la\n[Q:1/4=80]"E♭"B4|\t c4 |\n\nW:')
     song = notation.read_abc(text.encode())[0]
     assert song.text == 'M:4/4\nL:1/8\nV:1\nK:Gm treble\nGA|\n"Eb"B4| c4 |\n'
-    for song in notation.read_abc(HERE / 'tunes.abc'):
+    for song in notation.read_abc(data.TUNES):
         again = notation.read_abc(('X:1\n' + song.text).encode())[0]
         assert np.array_equal(again.notes, song.notes) and (again.text, 0) == (song.text, 0) == notation.tune_text(song)
         assert re.fullmatch(r'[ -~\n]*', song.text)
@@ -674,7 +654,7 @@ def test_abc_music(notes, more, music):
     if '"' not in music:
         key = notation.key_name(more.get('sharps', 0), more.get('minor', False))
         again = notation.read_abc(f'X:1\nM:4/4\nL:1/8\nK:{key}\n{music}'.encode())
-        assert np.allclose(abc_rows(again[0].notes), rows_of(notes), atol=1e-6)
+        assert np.allclose(midi_rows(again[0]), rows_of(notes), atol=1e-6)
 
 
 def test_abc_bass_below_chords_is_left_out_and_counted():
@@ -682,7 +662,7 @@ def test_abc_bass_below_chords_is_left_out_and_counted():
 
 
 def test_abc_round_trip_is_stable():
-    for song in notation.read_abc(HERE / 'tunes.abc')[::2]:
+    for song in notation.read_abc(data.TUNES)[::2]:
         more = (song.name, song.tempo, song.sharps, song.minor, song.metre, song.pickup)
         text, left_out = notation.write_abc(song.notes, *more)
         again = notation.read_abc(text.encode())[0]
@@ -1437,11 +1417,9 @@ def test_data_nottingham_that_cannot_be_had_is_the_tune_book(data_nottingham, mo
         data.load(log=lines.append)
 
 
-def test_data_nottingham_digest_is_the_published_one():
-    assert data.NOTTINGHAM_DIGEST == 'a107e20c1b880d97cb1d7c324cb185400313e6f3ffbf20e4b5d56bd3e604ea7e'
-    # and the local archive, where there is one, has it
-    if data.NOTTINGHAM.exists():
-        assert len(data.nottingham_files(data.NOTTINGHAM.read_bytes())) == 1037
+@pytest.mark.skipif(not data.NOTTINGHAM.exists(), reason='no archive')
+def test_data_nottingham_digest_is_that_of_the_archive():
+    assert len(data.nottingham_files(data.NOTTINGHAM.read_bytes())) == 1037
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1734,11 +1712,8 @@ MODEL_KINDS = {
     'bernoulli': dict(head='bernoulli', lookback=1, beat=1),
     'events': dict(head='softmax', lookback=9, beat=4, shift=3),
     'text': dict(head='softmax', lookback=9)}
-
-
-def model_each_arch_and_kind(test):
-    test = pytest.mark.parametrize('kind', MODEL_KINDS)(test)
-    return pytest.mark.parametrize('arch', models.ARCHITECTURES)(test)
+model_each_arch_and_kind = pytest.mark.parametrize(
+    'arch, kind', list(itertools.product(models.ARCHITECTURES, MODEL_KINDS)))
 
 
 @torch.no_grad()
@@ -1934,7 +1909,7 @@ def test_model_clock_against_its_equation(shift):
     passed = [(u - 1 if 2 <= u < V - 1 else 0) if shift else 1 for u in unit.tolist()]
     began = [max(start for start in starts if start <= t) for t in range(T)]
     now = np.array([sum(passed[b + 1:t + 1]) for t, b in enumerate(began)])
-    angle = 2 * np.pi * now[:, None] / (beat * np.array(Clock.beats))
+    angle = 2 * np.pi * now[:, None] / (beat * np.array(models.Clock.beats))
     x = frames[0].numpy() @ P['emb.weight'].T + P['emb.bias']
     x = x + np.concatenate((np.cos(angle), np.sin(angle)), axis=1) @ P['clock.position.weight'].T
     x = model_layer_norm(model_layer_norm(x, P, 'ln_in'), P, 'ln_out')
@@ -2172,7 +2147,7 @@ def test_model_sampling_follows_the_probabilities(head, temperature, top_p, may_
 def test_model_dropout_takes_the_same_channels_from_all_frames():
     torch.manual_seed(0)
     x = torch.ones(64, 5, 128)
-    y = Dropout(0.25)(x)
+    y = models.Dropout(0.25)(x)
     assert (y == y[:, :1]).all() and not torch.equal(y[0], y[1])
     np.testing.assert_allclose(y.unique(), [0, 1 / 0.75])
     # kept channels are 8192 coin tosses: by Hoeffding, farther off than 0.04 less than once in 1e11 runs
@@ -2324,40 +2299,31 @@ def test_model_checkpoint_round_trip(tmp_path, arch, kind):
     assert all(p.requires_grad for p in again.parameters())
 
 
-@pytest.mark.parametrize('change', [
+@pytest.mark.parametrize('change, why', [(change, '') for change in (
     lambda c: c.update(version=1),
     lambda c: c.pop('config'),
     lambda c: c['config'].update(colour=1),
     lambda c: c['config'].update(arch='gru'),
     lambda c: c['config'].update(n_layer=9),
-    lambda c: c['config'].update(lookback=10 ** 12),
     lambda c: c['model'].pop('emb.bias'),
     lambda c: c['model'].update(evil=torch.zeros(3)),
     lambda c: c['model'].update({'emb.bias': 'x'}),
     lambda c: c['model'].update({'emb.bias': torch.zeros(8, dtype=torch.int64)}),
     lambda c: c['model']['emb.bias'].fill_(math.nan),
-    lambda c: c.update(meta=PickledCode())])
-def test_model_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch, change):
+    lambda c: c.update(meta=PickledCode()))] + [
+    (lambda c, size=size: c['config'].update({size: 10 ** 5}), 'too short for a model of its config')
+    for size in ('n_units', 'n_embd', 'n_layer', 'lookback', 'form')])
+def test_model_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch, change, why):
     monkeypatch.chdir(tmp_path)
     models.save_checkpoint('bad.pt', model_random('rwkv', 'chord', torch.float32))
     content = torch.load('bad.pt', weights_only=True)
     change(content)
     torch.save(content, 'bad.pt')
-    model_assert_refused()
+    model_assert_refused(why)
 
 
-@pytest.mark.parametrize('size', ['n_units', 'n_embd', 'n_layer', 'lookback', 'form'])
-def test_model_checkpoint_that_claims_an_absurd_size_is_refused_before_there_is_memory_for_it(tmp_path, size):
-    models.save_checkpoint(tmp_path / 'bad.pt', model_random('rwkv', 'chord', torch.float32))
-    content = torch.load(tmp_path / 'bad.pt', weights_only=True)
-    content['config'][size] = 10 ** 5
-    torch.save(content, tmp_path / 'bad.pt')
-    with pytest.raises(UserError, match='bad.pt is damaged .* too short for a model of its config'):
-        models.load_checkpoint(tmp_path / 'bad.pt')
-
-
-def model_assert_refused():
-    with pytest.raises(models.UserError, match='bad.pt is damaged or no checkpoint') as e:
+def model_assert_refused(why=''):
+    with pytest.raises(models.UserError, match=f'bad.pt is damaged or no checkpoint.*{why}') as e:
         models.load_checkpoint('bad.pt')
     assert '\n' not in str(e.value) and not os.path.exists('it_ran_code')
 
@@ -2390,12 +2356,11 @@ def test_model_checkpoint_that_is_damaged_or_missing(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py and sample.py, as a person runs them
 
-SCRIPTS_HOME = Path(train.__file__).resolve().parent
 SCRIPTS_TINY = ['--n_layer=2', '--n_embd=16', '--batch_size=4', '--block_size=32', '--max_minutes=0', '--dtype=float32',
                 '--eval_interval=100', '--log_interval=10', '--device=cpu']
 # of the processes that tests start: small models need one thread, and two of them talk on this machine: by its first
 # network, lo or lo0
-SCRIPTS_ENV = os.environ | dict(PYTHONPATH=str(SCRIPTS_HOME), OMP_NUM_THREADS='1',
+SCRIPTS_ENV = os.environ | dict(PYTHONPATH=str(data.HERE), OMP_NUM_THREADS='1',
                                 GLOO_SOCKET_IFNAME=socket.if_nameindex()[0][1])
 
 
@@ -2411,7 +2376,7 @@ def scripts_run(script, *words, status=0):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, 'argv', [f'{script}.py', *map(str, words)])
         try:
-            runpy.run_path(str(SCRIPTS_HOME / f'{script}.py'), run_name='__main__')
+            runpy.run_path(str(data.HERE / f'{script}.py'), run_name='__main__')
         except SystemExit as stop:
             ended = stop.code
         finally:
@@ -2592,25 +2557,27 @@ def scripts_untrained(path, representation, common_key=False, sharps=None, forms
 
 
 def scripts_pretend(monkeypatch, *tunes):
-    """Models compose these frames (T, V) in turn; a list of the prompts that they are given."""
-    prompts = []
+    """Models compose these frames (T, V) in turn; a list of what they are asked for."""
+    names = 'prompt', 'length', 'temperature', 'top_p', 'generator', 'at_least', 'plan', 'go_on'
+    asked = []
 
-    def compose(self, prompt, length, *rest, **more):
-        prompts.append(prompt)
-        return [torch.from_numpy(tune) for tune in itertools.islice(itertools.cycle(tunes), len(prompt))]
+    def compose(self, *words):
+        asked.append(SimpleNamespace(**dict(zip(names, words, strict=True))))
+        return [torch.from_numpy(tune) for tune in itertools.islice(itertools.cycle(tunes), len(words[0]))]
 
     monkeypatch.setattr(Model, 'compose', compose)
-    return prompts
+    return asked
 
 
 def test_sample_prompt_of_fields_alone(tmp_path, monkeypatch):
     text = data.AbcText()
     path = scripts_untrained(tmp_path / 'm.pt', text)
     jig = 'DFA d2f|afd Adf|AFD D3|]'
-    prompts = scripts_pretend(monkeypatch, text.encode_text(jig), text.encode_text('|no: [music'))
+    asked = scripts_pretend(monkeypatch, text.encode_text(jig), text.encode_text('|no: [music'))
     (tmp_path / 'jig.abc').write_text('\ufeffX:1\nK: D % a jig\n\nM:6/8\nL:1/8\n')
     printed, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/jig.abc', '--best_of=4')
-    assert text.text(prompts[0][0, 1:]) == 'M:6/8\nL:1/8\nK:D\n' and prompts[0][0, 0, -1] == 1
+    boundary, *fields = asked[0].prompt[0]
+    assert text.text(torch.stack(fields)) == 'M:6/8\nL:1/8\nK:D\n' and boundary[-1] == 1
     assert (song.metre, song.sharps, len(song.notes)) == ('6/8', 2, 15)
     assert song.tempo == pytest.approx(100, abs=0.01)
     written = (tmp_path / 'x.abc').read_text()
@@ -2645,11 +2612,11 @@ def test_sample_goes_on_in_the_key_of_the_prompt(tmp_path, monkeypatch, sharps):
     """A model of tunes in C major reads the prompt in C major; what is written is in D, as the prompt is."""
     roll = data.PianoRoll()
     path = scripts_untrained(tmp_path / 'm.pt', roll, common_key=True)
-    prompts = scripts_pretend(monkeypatch, roll.encode(scripts_dance()))
+    asked = scripts_pretend(monkeypatch, roll.encode(scripts_dance()))
     notes = scripts_dance(key=41).notes
     notation.write_midi(notes, tmp_path / 'd.mid', sharps=sharps)
     _, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/d.mid', '--best_of=1')
-    np.testing.assert_allclose(roll.decode(prompts[0][0, 1:].numpy()), notes - [2, 0, 0])
+    np.testing.assert_allclose(roll.decode(asked[0].prompt[0, 1:].numpy()), notes - [2, 0, 0])
     np.testing.assert_allclose(song.notes[:len(notes)], notes)
     assert song.sharps == 2 and song.notes[len(notes):, 0].min() == 29
 
@@ -2674,17 +2641,16 @@ def test_sample_keeps_the_key_and_metre_that_a_prompt_tells(tmp_path, monkeypatc
     path = scripts_untrained(tmp_path / 'm.pt', roll)
     scripts_pretend(monkeypatch, roll.encode(scripts_dance(bar=3)))
     (tmp_path / 'p.abc').write_text('X:1\nM:5/4\nL:1/4\nK:Amix\nAcegf|agecA|\n')
-    _, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/p.abc', '--best_of=1')
-    assert (song.sharps, song.metre) == (2, '5/4')
-    _, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/p.abc', '--best_of=1', '--no_prompt')
-    assert (song.sharps, song.metre) == (2, '5/4')
+    for more in ([], ['--no_prompt']):
+        _, song = scripts_sample(path, tmp_path / 'x', f'--prompt={tmp_path}/p.abc', '--best_of=1', *more)
+        assert (song.sharps, song.metre) == (2, '5/4')
     said = scripts_run('sample', f'--ckpt={path}', f'--prompt={tmp_path}/p.abc', '--metre=3/4', status=2)
     assert 'is in 5/4' in said
 
 
 def test_scripts_print_to_any_terminal_and_stop_where_nobody_reads():
     code = "import data; data.run(lambda: print('■' * 100_000), '')"
-    words = dict(cwd=HERE, env=os.environ | dict(PYTHONIOENCODING='cp1252'), stderr=subprocess.PIPE)
+    words = dict(cwd=data.HERE, env=os.environ | dict(PYTHONIOENCODING='cp1252'), stderr=subprocess.PIPE)
     done = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, **words)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, b'?' * 100_000, b'')
     reader, writer = os.pipe()
@@ -2692,14 +2658,6 @@ def test_scripts_print_to_any_terminal_and_stop_where_nobody_reads():
     done = subprocess.run([sys.executable, '-c', code], stdout=writer, **words)
     os.close(writer)
     assert done.returncode == 2 and re.fullmatch(b'-c: stopped, .*\n', done.stderr)
-
-
-def test_sample_never_writes_over_its_prompt(tmp_path):
-    path = scripts_untrained(tmp_path / 'm.pt', data.PianoRoll())
-    notation.write_midi([(40, 0, 4)], tmp_path / 'mine.mid')
-    mine = (tmp_path / 'mine.mid').read_bytes()
-    said = scripts_run('sample', f'--ckpt={path}', f'--prompt={tmp_path}/mine.mid', f'--out={tmp_path}/mine', status=2)
-    assert '--out' in said and (tmp_path / 'mine.mid').read_bytes() == mine
 
 
 def test_sample_that_strikes_nothing_says_so(tmp_path, monkeypatch):
@@ -2739,14 +2697,12 @@ SCRIPTS_BAD = [
     ('train --block_size=100000', '--block_size'),
     ('train --device=cuda:99', '--device'),
     ('train --data=nowhere', 'nowhere'),
-    ('train --data=pipe.mid', 'pipe.mid'),
     ('train --out_dir=file/out', '--out_dir'),
     ('train --resume', 'rwkv.last.pt'),
     ('train --resume --arch=rnn --out_dir=last', 'rnn.last.pt'),
     ('train --resume --arch=lstm --out_dir=last', 'lstm.last.pt is not a run that can go on'),
     ('sample --ckpt=none.pt', 'none.pt'),
     ('sample --ckpt=file', 'file'),
-    ('sample --ckpt=/dev/zero', '/dev/zero'),
     ('sample --temperature=0', '--temperature'),
     ('sample --length=1e6', '--length'),
     ('sample --num_samples=1000 --best_of=1000', '--best_of'),
@@ -2754,8 +2710,8 @@ SCRIPTS_BAD = [
     ('sample --prompt=file', 'file'),
     ('sample --prompt=silent.mid', 'silent.mid'),
     ('sample --prompt=fields.abc', 'fields.abc'),
-    ('sample --prompt=pipe.mid', 'pipe.mid'),
     ('sample --prompt=tune.mid --prompt_beats=0', '--prompt_beats'),
+    ('sample --prompt=tune.mid --out=tune', 'would be written over'),
     ('sample --out=no/folder/x.mid', 'folder'),
     ('sample --out=link', 'cannot write link.mid'),
     ('sample --out=folder', 'cannot write folder.abc'),
@@ -2775,15 +2731,16 @@ def test_bad_input_ends_in_one_sentence(trained, book, tmp_path, monkeypatch, co
     Path('fields.abc').write_text('M:6/8\nK:D\n')
     notation.write_midi(np.empty((0, 3)), 'silent.mid')
     notation.write_midi(scripts_dance().notes, 'tune.mid')
+    tune = Path('tune.mid').read_bytes()
     Path('last').mkdir()
     shutil.copy(trained['lstm'], 'last/lstm.last.pt')
-    for pipe in ('pipe.mid', 'last/rnn.last.pt'):
-        os.mkfifo(pipe)
+    os.mkfifo('last/rnn.last.pt')
     before = sorted(tmp_path.rglob('*'))
     script, *words = command.split()
     usual = f'--ckpt={trained["rwkv"]}' if script == 'sample' else f'--data={book}'
     assert named in scripts_run(script, usual, *words, status=2)
-    assert sorted(tmp_path.rglob('*')) == before and Path('file').read_bytes() == b'nothing in particular'
+    assert sorted(tmp_path.rglob('*')) == before and Path('tune.mid').read_bytes() == tune
+    assert Path('file').read_bytes() == b'nothing in particular'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2838,8 +2795,7 @@ def test_resume_options_given_again_win(book, out):
     saved = load_checkpoint(out / 'rwkv.last.pt')[1]
     assert saved['run']['step'] == 82
     assert {'--max_iters=82', '--transpose=0', '--learning_rate=0.0'} <= set(saved['options'])
-    for option, named in (('--n_embd=24', 'n_embd 16'), ('--arch=lstm', 'lstm.last.pt')):
-        assert named in scripts_train(book, out, '--resume', option, status=2)
+    assert 'n_embd 16' in scripts_train(book, out, '--resume', '--n_embd=24', status=2)
 
 
 def test_resume_on_other_music_is_judged_anew(out, tmp_path):
@@ -2913,17 +2869,13 @@ def test_two_runs_of_one_name(book, out, monkeypatch):
     assert 'is training into' not in scripts_train(book, out, '--max_iters=1')
 
 
-def scripts_raise(error, *_, **__):
-    raise error
-
-
 @pytest.mark.parametrize('options', [[], ['--resume']])
 @pytest.mark.parametrize('named, change', [
     ('loss is nan', lambda nats: nats * math.nan),
     ('gradient is nan', lambda nats: nats.register_hook(lambda g: g * math.inf) and nats),
-    ('memory: lower --batch_size', partial(scripts_raise, MemoryError())),
-    ('memory: lower --batch_size', partial(scripts_raise, torch.OutOfMemoryError('CUDA out of memory'))),
-    ('memory: lower --batch_size', partial(scripts_raise, RuntimeError("CPUAllocator: can't allocate memory: 9")))])
+    ('memory: lower --batch_size', Mock(side_effect=MemoryError())),
+    ('memory: lower --batch_size', Mock(side_effect=torch.OutOfMemoryError('CUDA out of memory'))),
+    ('memory: lower --batch_size', Mock(side_effect=RuntimeError("CPUAllocator: can't allocate memory: 9")))])
 def test_a_step_that_fails_leaves_the_checkpoints(book, out, monkeypatch, named, change, options):
     before = scripts_files(out, '*.pt')
     loss = Model.loss
@@ -2933,19 +2885,18 @@ def test_a_step_that_fails_leaves_the_checkpoints(book, out, monkeypatch, named,
 
 
 def test_sample_without_enough_memory_says_so(out, monkeypatch):
-    monkeypatch.setattr(Model, 'compose', partial(scripts_raise, MemoryError()))
+    monkeypatch.setattr(Model, 'compose', Mock(side_effect=MemoryError()))
     assert 'memory: lower --num_samples' in scripts_run('sample', f'--ckpt={out}/rwkv.pt', status=2)
 
 
 @pytest.mark.parametrize('name', ['rwkv.pid', 'rwkv.last.pt', 'rwkv.pt', 'rwkv.csv', 'loss.svg'])
 def test_full_disk_leaves_the_checkpoints(book, out, monkeypatch, name):
     before = scripts_files(out)
-
     replace = os.replace
 
     def full(part, path):
         if Path(path).name == name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(28, 'No space left on device')
         replace(part, path)
 
     monkeypatch.setattr(os, 'replace', full)
@@ -2968,10 +2919,9 @@ def test_two_processes_with_batch_4_train_as_one_with_batch_8(book, tmp_path):
         shutil.copytree(book, tmp_path / 'books' / split)
     book = tmp_path / 'books'
     scripts_train(book, tmp_path / 'one', *options)
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local_addr=127.0.0.1',
-                '--nproc_per_node=2']
-    command = [*torchrun, SCRIPTS_HOME / 'train.py', f'--data={book}', f'--out_dir={tmp_path}/two', *SCRIPTS_TINY,
-               *options, '--gradient_accumulation_steps=2']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local_addr=127.0.0.1',
+               '--nproc_per_node=2', data.HERE / 'train.py', f'--data={book}', f'--out_dir={tmp_path}/two',
+               *SCRIPTS_TINY, *options, '--gradient_accumulation_steps=2']
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=SCRIPTS_ENV)
     assert done.returncode == 0, done.stderr
     # one speaks
@@ -3309,7 +3259,6 @@ def test_render_silence_is_silent_and_nothing_clips():
     assert sound.dtype == np.int16 and not sound[:44100].any() and sound[44100:66150].any()
     assert not sound[int(3.5 * 44100):10 * 44100].any() and sound[10 * 44100:].any() and not sound[-1].any()
     assert np.abs(sound.astype(int)).max() == round(0.9 * 32767) and np.abs(sound.mean(0)).max() < 1
-    assert np.array_equal(sound, render.synthesise(notes))
 
 
 def test_render_no_click_where_notes_begin_and_end():
@@ -3604,38 +3553,29 @@ def test_compare_best_are_as_a_whole_like_the_songs():
     (None, data.PianoRoll(2), 0.99), (None, data.Events(), 1), (None, data.AbcText(), 0.98),
     (0.5, data.AbcText(), 0.5)])
 def test_compare_composing_has_the_nucleus_of_the_representation(monkeypatch, asked, representation, taken):
-    def record(self, prompt, length, temperature, top_p, generator, at_least, plan, go_on):
-        plans.append(plan)
-        assert (plan is None) == (go_on is None)
-        assert (prompt.shape, length, at_least) == ((3, 1, representation.V), 2 * steps, steps)
-        assert prompt[:, 0, -1].all() and prompt.sum() == 3
-        return 3 * [torch.zeros(int(top_p == taken), representation.V)]
-
-    monkeypatch.setattr(Model, 'compose', record)
-    plans = []
+    calls = scripts_pretend(monkeypatch, np.zeros((1, representation.V), np.uint8))
     steps = representation.frames_per_beat
     net = Model(Config(representation.V, head=representation.heads[0], n_layer=1, n_embd=8))
     args = SimpleNamespace(length=2, min_length=1, temperature=1, top_p=asked)
     assert compare.compose(net, representation, np.zeros((0, representation.V), np.uint8), 3, args, None) == ([], 3)
-    assert plans == [None]
+    call, = calls
+    assert call.plan is None and call.go_on is None and call.top_p == taken
+    assert (call.prompt.shape, call.length, call.at_least) == ((3, 1, representation.V), 2 * steps, steps)
+    assert call.prompt[:, 0, -1].all() and call.prompt.sum() == 3
 
 
 def test_compare_composes_a_few_tunes_at_a_time(monkeypatch):
-    def record(self, prompt, length, temperature, top_p, generator, at_least, plan, go_on):
-        plans.extend(plan)
-        assert len(prompt) == len(plan) == min(32, 41 - len(plans) + len(plan))
-        return [torch.from_numpy(frames)] * len(prompt)
-
-    monkeypatch.setattr(Model, 'compose', record)
-    plans = []
     roll = data.PianoRoll(2)
     frames = roll.encode(scripts_dance())
+    calls = scripts_pretend(monkeypatch, frames)
     forms = [compare_form((0, length)) for length in (20, 12, 16)]
     net = Model(Config(roll.V, n_layer=1, n_embd=8))
     args = SimpleNamespace(length=10, min_length=6, temperature=1, top_p=1)
     nothing = np.zeros((0, roll.V), np.uint8)
     tunes, count = compare.compose(net, roll, nothing, 41, args, torch.Generator(), forms)
     assert len(tunes) == 41 and count == 41 * len(frames)
+    assert [len(call.prompt) for call in calls] == [len(call.plan) for call in calls] == [32, 9]
+    plans = torch.cat([call.plan for call in calls])
     # from short to long, and each as long as its form
     assert [plan[0, 2].item() for plan in plans] == sorted(plan[0, 2].item() for plan in plans)
     assert {plan[0, 2].item() for plan in plans} == {12, 16, 20}
@@ -3785,7 +3725,7 @@ def test_compare_composed_tunes_are_told_their_cost_and_end(monkeypatch):
     torch.manual_seed(0)
     net = Model(Config(roll.V, n_layer=1, n_embd=8)).eval()
     frames = roll.encode(scripts_dance(bars=1))
-    monkeypatch.setattr(Model, 'compose', lambda *_, **__: [torch.from_numpy(frames[2:end]) for end in (8, 7, 2)])
+    scripts_pretend(monkeypatch, *(frames[2:end] for end in (8, 7, 2)))
     args = SimpleNamespace(length=3, min_length=1, temperature=1, top_p=1)
     (whole, shorter), count = compare.compose(net, roll, frames[:2], 3, args, None)
     nats = net.nats(torch.from_numpy(np.concatenate((roll.boundary(), frames))).unsqueeze(0))[0]
@@ -3796,8 +3736,8 @@ def test_compare_composed_tunes_are_told_their_cost_and_end(monkeypatch):
 
 def test_compare_reads_a_text_that_is_cut_off(monkeypatch):
     abc = data.AbcText()
-    frames = torch.from_numpy(abc.encode_text('K:C\nCDEF|GABc|"A'))
-    monkeypatch.setattr(Model, 'compose', lambda *_, **__: [frames, frames[:-1]])
+    frames = abc.encode_text('K:C\nCDEF|GABc|"A')
+    scripts_pretend(monkeypatch, frames, frames[:-1])
     net = Model(Config(abc.V, head='softmax', n_layer=1, n_embd=8)).eval()
     args = SimpleNamespace(length=len(frames) / abc.frames_per_beat, min_length=1, temperature=1, top_p=1)
     (tune,), _ = compare.compose(net, abc, np.zeros((0, abc.V), np.uint8), 2, args, None)
@@ -3809,29 +3749,24 @@ def compare_run(*words, **more):
 
 
 def test_scripts_compose_on_the_forms_that_a_checkpoint_has(tmp_path, monkeypatch):
-    def compose(self, prompt, length, temperature, top_p, generator, at_least, plan, go_on):
-        plans.append(plan)
-        return [torch.from_numpy(frames)] * len(prompt)
-
     roll = data.PianoRoll(2)
     frames = roll.encode(scripts_dance())
     forms = [compare_form((0, len(frames)))]
-    plans = []
-    monkeypatch.setattr(Model, 'compose', compose)
+    calls = scripts_pretend(monkeypatch, frames)
     path = scripts_untrained(tmp_path / 'm.pt', roll, forms=forms)
     scripts_run('sample', f'--ckpt={path}', '--num_samples=2', '--best_of=1')
     compare_model(tmp_path, 'lstm', roll, forms)
     compare_run(tmp_path / 'lstm.pt', f'--out={tmp_path / "x"}')
-    for plan, tunes in zip(plans, (2, 5), strict=True):
-        assert len(plan) == tunes and (plan.numpy()[:, :len(frames) + 1] == data.make_plan(forms[0])).all()
+    for call, tunes in zip(calls, (2, 5), strict=True):
+        assert len(call.plan) == tunes and (call.plan.numpy()[:, :len(frames) + 1] == data.make_plan(forms[0])).all()
     # a person's own beginning is not told how to go on
     notation.write_midi(scripts_dance().notes, tmp_path / 'mine.mid')
     scripts_run('sample', f'--ckpt={path}', f'--prompt={tmp_path / "mine.mid"}')
-    assert plans[2] is None
+    assert calls[2].plan is None
     # who asks for a metre is given forms in it
     path = scripts_untrained(tmp_path / 'm.pt', roll, forms=[forms[0], forms[0] | dict(metre='4/4')])
     scripts_run('sample', f'--ckpt={path}', '--metre=4/4', '--num_samples=9', '--best_of=1')
-    assert (plans[3][:, 0, 4] == 1).all()
+    assert (calls[3].plan[:, 0, 4] == 1).all()
 
 
 def test_compare_runs(tmp_path):
