@@ -283,13 +283,14 @@ def backward(ctx, g, *_):
 # Operators, for autograd and torch.compile. torch.library.custom_op makes such ones, too, but imports the compiler
 FORWARD = '(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state) -> (Tensor, Tensor, Tensor)'
 BACKWARD = '(Tensor w, Tensor u, Tensor k, Tensor v, Tensor saved, Tensor g) -> (Tensor, Tensor, Tensor, Tensor)'
-torch.library.define('wkv::forward', FORWARD)
-torch.library.define('wkv::backward', BACKWARD)
-torch.library.impl('wkv::forward', 'default', launch_forward)
-torch.library.impl('wkv::backward', 'default', launch_backward)
-torch.library.register_fake('wkv::forward', allocate)
-torch.library.register_fake('wkv::backward', allocate_gradients)
-torch.library.register_autograd('wkv::forward', backward, setup_context=keep_for_backward)
+if not hasattr(torch.ops.wkv, 'forward'):       # a module may be loaded twice, an operator is made once
+    torch.library.define('wkv::forward', FORWARD)
+    torch.library.define('wkv::backward', BACKWARD)
+    torch.library.impl('wkv::forward', 'default', launch_forward)
+    torch.library.impl('wkv::backward', 'default', launch_backward)
+    torch.library.register_fake('wkv::forward', allocate)
+    torch.library.register_fake('wkv::backward', allocate_gradients)
+    torch.library.register_autograd('wkv::forward', backward, setup_context=keep_for_backward)
 kernel_forward = torch.ops.wkv.forward
 kernel_backward = torch.ops.wkv.backward
 
