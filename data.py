@@ -676,7 +676,7 @@ def music_files(path, log):
     zips = [file.name for file in files if file.name.lower().endswith('.zip')]
     if zips:
         log(notation.printable(f'{len(zips)} zip files inside {path} are left alone, {zips[0]} for one: '
-                      'give --data one of them, or unpack them'))
+                               'give --data one of them, or unpack them'))
     music = [file for file in files if file.name.lower().endswith(MUSIC)]
     if not music:
         raise UserError(f'there is no music in {path}: give --data MIDI files (.mid, .midi, .kar, .rmi) or ABC (.abc)')
@@ -733,7 +733,7 @@ def find_nottingham(log):
     if not TUNES.exists():
         raise UserError(f'there is neither Nottingham ({trouble}) nor {TUNES}: give --data your own music')
     log(notation.printable(f'no Nottingham ({trouble}), so this is the bundled {TUNES.name}; '
-                  'put nottingham.zip beside it to change that'))
+                           'put nottingham.zip beside it to change that'))
     return f'{TUNES.name}, for want of Nottingham', TUNES
 
 

@@ -188,6 +188,7 @@ def measure_error(run, *inputs):
         *leaves, g = (x.to(dtype).requires_grad_() for x in inputs)
         _, state, *_ = function(*leaves, fresh_state(g))
         y, *_ = function(*leaves, state.detach())
+        # of a sum: for the gradient of a tensor autograd would import SymPy
         results.append([y, *torch.autograd.grad((y * g).sum(), leaves)])
     errors = [(x - exact).norm() / exact.norm() for x, exact in zip(*results)]
     # a tensor's max lets NaN through
