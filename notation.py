@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import sys
+import unicodedata
 from dataclasses import dataclass
 from dataclasses import field
 from fractions import Fraction
@@ -974,7 +975,8 @@ def write_abc(notes, name='', tempo=120.0, sharps=None, minor=False, metre=None,
         sharps, minor = estimate_key(notes)
     sharps = written(sharps)
     metre, bar, pickup = fit_bars(notes, metre, pickup)
-    title = printable(name).replace('%', ' ').strip() or 'Untitled'
+    title = unicodedata.normalize('NFKD', name).encode('ascii', 'ignore').decode()
+    title = re.sub(r'[^ -~]|%', ' ', title).strip() or 'Untitled'
     # tick 0 is the bar line before the first note, or at it
     first = round(-pickup % bar * BEAT)
     melody, chords, left_out = find_chords(snap(notes, first))

@@ -614,7 +614,7 @@ def abc_music(notes, **more):
 
 def test_abc_header():
     text, _ = notation.write_abc(np.array([[39., 0, 1]]), 'Café\n% "x"', 90, 3, True, '6/8', 0)
-    assert text.startswith('X:1\nT:Café?  "x"\nM:6/8\nL:1/8\nQ:1/4=90\nK:F#m\n')
+    assert text.startswith('X:1\nT:Cafe   "x"\nM:6/8\nL:1/8\nQ:1/4=90\nK:F#m\n')
     assert notation.write_abc(np.zeros((0, 3)))[0].endswith('K:C\nz2|]\n')
     # nobody writes eight sharps
     assert notation.write_abc(np.array([[47., 0, 1]]), sharps=8)[0].endswith('K:Ab\nA2|]\n')
