@@ -395,16 +395,15 @@ class Clock(nn.Module):
 
     def __init__(self, config, counts=1):
         super().__init__()
-        self.beat = config.beat
+        turns = 1 / (config.beat * torch.tensor(self.beats))                    # in a step
+        self.register_buffer('turns', turns, persistent=False)
         hands = 2 * len(self.beats) * counts
         self.position = nn.Linear(hands, config.n_embd, bias=False)
         nn.init.zeros_(self.position.weight)            # at first no clock is read
 
     def forward(self, n):
         """n (B, T, counts), or (B, T) for one count -> (B, T, C)."""
-        beats = torch.tensor(self.beats, device=n.device)
-        turns = 1 / (self.beat * beats)                 # in a step
-        turned = n.unsqueeze(-1) * turns % 1
+        turned = n.unsqueeze(-1) * self.turns % 1
         angle = 2 * math.pi * turned
         hands = torch.cat((angle.cos(), angle.sin()), dim=-1)
         dtype = self.position.weight.dtype
@@ -464,6 +463,8 @@ class Lookback(nn.Module):
         self.W = W
         lags = torch.arange(W, 0, -1)
         self.register_buffer('lags', lags, persistent=False)
+        a = torch.full((config.n_units,), 6364136223846793005)
+        self.register_buffer('powers', a.cumprod(0), persistent=False)
         self.run = nn.Linear(W, C, bias=False)
         self.ln = nn.LayerNorm(C)
         self.lag = nn.Linear(C, W + 1)
@@ -475,9 +476,7 @@ class Lookback(nn.Module):
 
     def names(self, frames):
         """A number of 64 bits for each frame (B, T, V) -> (B, T), the same for equal frames: sum_v frame_v a^(v+1)."""
-        V = frames.shape[-1]
-        a = torch.full((V,), 6364136223846793005, device=frames.device)
-        return (frames * a.cumprod(0)).sum(-1)
+        return (frames * self.powers).sum(-1)
 
     def matches(self, names, age):
         """Step 1: names (B, W + T) of all frames seen, age (B, T) frames since the boundary -> (B, T, W) bool."""
@@ -495,16 +494,11 @@ class Lookback(nn.Module):
         passed = torch.arange(1, T + 1, device=match.device)
         return count_since(~match, passed.unsqueeze(1), before)
 
-    def tell(self, run):
-        """What the blocks are told of the runs (B, T, W) -> (B, T, C)."""
-        run = run.to(self.run.weight.dtype)
-        return self.run(run.log1p())
-
-    def forward(self, h, run, age, seen):
-        """Step 3: h (B, T, C) from the blocks, run (B, T, W), age (B, T), seen (B, W + T, V) all frames -> recall."""
-        B, T, W = run.shape
-        run = run.to(self.trust.dtype)
-        trust = self.trust * run.log1p()
+    def forward(self, h, strength, age, seen):
+        """Step 3: h (B, T, C) from the blocks, strength (B, T, W) ln(1 + run), age (B, T), seen (B, W + T, V) all frames
+        -> recall (B, T, C)."""
+        B, T, W = strength.shape
+        trust = self.trust * strength
         scores = self.lag(self.ln(h))                                           # (B, T, 1 + W)
         scores = scores + F.pad(trust, (1, 0))
         p = scores.softmax(-1)
@@ -532,7 +526,7 @@ def choose(logits, temperature, top_p, generator):
     total = p.cumsum(-1)
     # the nucleus ends with the first that brings the total to top_p
     inside = total - p < top_p
-    nucleus = total.where(inside, 0).amax(-1, keepdim=True)
+    nucleus = (total * inside).amax(-1, keepdim=True)
     # a random point below that lies in the share of one of them
     chance = torch.rand(nucleus.shape, generator=generator, device=logits.device)
     point = nucleus * chance
@@ -648,16 +642,18 @@ class ChordHead(nn.Module):
     def sample(self, hidden, temperature=1.0, top_p=1.0, generator=None, may_end=True):
         B = len(hidden)
         V = self.chosen.in_features
-        frame = torch.zeros(B, V + 1, dtype=torch.uint8, device=hidden.device)
         last = torch.full((B,), -1, device=hidden.device)
+        spelling = []
         columns = F.pad(self.chosen.weight, (0, 1)).T   # what a chosen unit adds; "done" adds nothing
         while (last < V).any():                         # rows that are done choose "done" again, the only choice left
             logits = self.logits(hidden, last.clamp(max=V - 1))
             if not may_end:
                 logits[:, V - 1] = -math.inf
             last = choose(logits, temperature, top_p, generator)
-            frame.scatter_(1, last.unsqueeze(1), 1)
+            spelling.append(last)
             hidden = hidden + columns[last]
+        frame = torch.zeros(B, V + 1, dtype=torch.uint8, device=hidden.device)
+        frame.scatter_(1, torch.stack(spelling, dim=1), 1)
         return frame[:, :V]
 
 
@@ -754,7 +750,8 @@ class Model(nn.Module):
             names = torch.cat((state.names, new_names), dim=1)
             match = self.look.matches(names, age)
             run = self.look.runs(match, state.run)
-            x = x + self.look.tell(run)
+            strength = run.to(dtype).log1p()
+            x = x + self.look.run(strength)
         x = self.ln_in(x)
         blocks = []
         for block, block_state in zip(self.blocks, state.blocks):
@@ -762,7 +759,7 @@ class Model(nn.Module):
             blocks.append(block_state)
         state = state._replace(time=time[:, -1], age=age[:, -1], blocks=tuple(blocks))
         if self.look:
-            x = x + self.look(x, run, age, seen)
+            x = x + self.look(x, strength, age, seen)
             W = self.look.W
             past = seen[:, -W:]
             names = names[:, -W:]
@@ -811,28 +808,26 @@ class Model(nn.Module):
             piece = prompt[:, begin:begin + at_once]
             out, state = self(piece, state, told(begin, piece.shape[1]))
         frames = torch.empty(B, length, V, dtype=torch.uint8, device=prompt.device)
-        ends = torch.full((B,), length, device=prompt.device)
+        lengths = torch.zeros(B, dtype=torch.long, device=prompt.device)
         for t in range(length):
             may_end = t >= at_least
             last = out[:, -1]
             frame = self.head.sample(last, temperature, top_p, generator, may_end)
-            is_boundary = frame[:, -1] > 0
-            ends_here = is_boundary & (ends == length)
-            ends[ends_here] = t
-            ended = ends < length
-            if ended.all():
+            going = (lengths == t) & (frame[:, -1] == 0)
+            if not going.any():
                 break
+            lengths += going
             frames[:, t] = frame
-            rows = go_on(frames[:, :t + 1], ended) if go_on else None
+            rows = go_on(frames[:, :t + 1], ~going) if go_on else None
             if rows is not None:
                 frame = frame[rows]
                 frames = frames[rows]
-                ends = ends[rows]
+                lengths = lengths[rows]
                 plan = plan[rows]
                 state = take_rows(state, rows)
             out, state = self(frame.unsqueeze(1), state, told(P + t, 1))
-        ends = ends.tolist()
-        return [tune[:end] for tune, end in zip(frames, ends)]
+        lengths = lengths.tolist()
+        return [tune[:end] for tune, end in zip(frames, lengths)]
 
 
 def count_parameters(config):
