@@ -602,6 +602,7 @@ class ChordHead(nn.Module):
         self.hidden = nn.Linear(C, C)
         self.chosen = nn.Linear(V, C, bias=False)
         self.out = nn.Linear(C, V + 1)
+        self.register_buffer('choices', torch.arange(V + 1), persistent=False)
 
     def forward(self, h):
         return self.hidden(h)                           # what does not depend on the choices is worked out once
@@ -609,8 +610,7 @@ class ChordHead(nn.Module):
     def logits(self, hidden, last):
         """hidden (M, C) with the chosen units in it, last (M,) the highest of them or -1 -> (M, V + 1)."""
         logits = self.out(F.gelu(hidden)).float()
-        choices = torch.arange(logits.shape[-1], device=logits.device)
-        passed = choices <= last.unsqueeze(-1)
+        passed = self.choices <= last.unsqueeze(-1)
         return logits.masked_fill(passed, -math.inf)
 
     def nll(self, h, frames):
@@ -629,8 +629,7 @@ class ChordHead(nn.Module):
         before = choice.roll(1)
         last = before.masked_fill(before == V, -1)
         # index_select, since the backward of h[rows] would take three times as long
-        units = torch.arange(V, device=h.device)
-        lower = units < choice.unsqueeze(-1)
+        lower = self.choices[:V] < choice.unsqueeze(-1)
         chosen = frames.index_select(0, rows) * lower                                   # (M, V): units taken so far
         hidden = h.index_select(0, rows) + self.chosen(chosen.to(h.dtype))
         logits = self.logits(hidden, last)
