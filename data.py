@@ -334,12 +334,14 @@ def find_repeats(frames, beat):
     names = frame_names(frames)
     back = np.zeros(len(frames), dtype=int)
     for beats in range(FURTHEST, 0, -1):        # the nearest repeat counts
-        same = np.zeros(len(frames) + 2, dtype=int)
-        same[1 + beats * beat:-1] = names[beats * beat:] == names[:-beats * beat]
-        changes = np.diff(same)
+        lag = beats * beat
+        same = names[lag:] == names[:-lag]
+        if same.sum() < REPEAT * beat:
+            continue
+        changes = np.diff(same, prepend=0, append=0)
         for first, stop in zip(np.flatnonzero(changes > 0), np.flatnonzero(changes < 0)):
             if stop - first >= REPEAT * beat:
-                back[first:stop] = beats
+                back[lag + first:lag + stop] = beats
     return back
 
 

@@ -495,8 +495,8 @@ class Lookback(nn.Module):
         return count_since(~match, passed.unsqueeze(1), before)
 
     def forward(self, h, strength, age, seen):
-        """Step 3: h (B, T, C) from the blocks, strength (B, T, W) ln(1 + run), age (B, T), seen (B, W + T, V) all frames
-        -> recall (B, T, C)."""
+        """Step 3: h (B, T, C) from the blocks, strength (B, T, W) ln(1 + run), age (B, T), seen (B, W + T, V) all
+        frames -> recall (B, T, C)."""
         B, T, W = strength.shape
         trust = self.trust * strength
         scores = self.lag(self.ln(h))                                           # (B, T, 1 + W)
@@ -522,13 +522,17 @@ def choose(logits, temperature, top_p, generator):
     """Draws one of the last dimension: logits (B, N) -> (B,). top_p < 1: among the likeliest that together have so much
     probability (nucleus sampling, Holtzman et al. 2020)."""
     p = torch.softmax(logits / temperature, dim=-1)
+    chance = torch.rand(len(p), 1, generator=generator, device=p.device)
+    # as a rule nothing else is in the nucleus
+    likeliest = p.max(dim=-1)
+    if (likeliest.values >= top_p).all():
+        return likeliest.indices
     p, order = p.sort(dim=-1, descending=True)
     total = p.cumsum(-1)
     # the nucleus ends with the first that brings the total to top_p
     inside = total - p < top_p
     nucleus = (total * inside).amax(-1, keepdim=True)
     # a random point below that lies in the share of one of them
-    chance = torch.rand(nucleus.shape, generator=generator, device=logits.device)
     point = nucleus * chance
     rank = (total <= point).sum(-1, keepdim=True)
     return order.gather(-1, rank).squeeze(-1)
@@ -643,13 +647,16 @@ class ChordHead(nn.Module):
         V = self.chosen.in_features
         last = torch.full((B,), -1, device=hidden.device)
         spelling = []
-        columns = F.pad(self.chosen.weight, (0, 1)).T   # what a chosen unit adds; "done" adds nothing
-        while (last < V).any():                         # rows that are done choose "done" again, the only choice left
-            logits = self.logits(hidden, last.clamp(max=V - 1))
+        columns = self.chosen.weight.T                  # what a chosen unit adds
+        while True:
+            logits = self.logits(hidden, last)
             if not may_end:
                 logits[:, V - 1] = -math.inf
-            last = choose(logits, temperature, top_p, generator)
-            spelling.append(last)
+            choice = choose(logits, temperature, top_p, generator)
+            spelling.append(choice)
+            if (choice == V).all():
+                break
+            last = choice.clamp(max=V - 1)              # a row that is done has "done" alone left to choose
             hidden = hidden + columns[last]
         frame = torch.zeros(B, V + 1, dtype=torch.uint8, device=hidden.device)
         frame.scatter_(1, torch.stack(spelling, dim=1), 1)
