@@ -2572,6 +2572,19 @@ def scripts_pretend(monkeypatch, *tunes):
     return asked
 
 
+@pytest.mark.parametrize('arch', models.ARCHITECTURES)
+def test_sample_composes_with_the_same_model_faster(arch, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, 'enabled', True)
+    model = model_random(arch)
+    frames = model_frames('chord', 2, 9, 7)
+    weights = [p.detach().clone() for p in model.parameters()]
+    out = model(frames)[0].detach()
+    sample.hasten(model)
+    assert not torch.backends.mkldnn.enabled and model.emb.weight.T.is_contiguous()
+    assert all(map(torch.equal, model.parameters(), weights))
+    torch.testing.assert_close(model(frames)[0], out, rtol=1e-12, atol=1e-12)
+
+
 def test_sample_prompt_of_fields_alone(tmp_path, monkeypatch):
     text = data.AbcText()
     path = scripts_untrained(tmp_path / 'm.pt', text)
