@@ -156,7 +156,7 @@ def circles(steps, beat=GRID):
     for lag in range(1, longest + 1):
         same = steps[lag:] == steps[:-lag]
         needed = max(2 * lag, 12 * beat - lag)
-        if same.sum() < needed:
+        if same.sum() < needed:         # as for most lags: too few for a stretch of them
             continue
         in_a_row = np.convolve(same, np.ones(needed))
         if in_a_row.max() > needed - 0.5:

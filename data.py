@@ -336,7 +336,7 @@ def find_repeats(frames, beat):
     for beats in range(FURTHEST, 0, -1):        # the nearest repeat counts
         lag = beats * beat
         same = names[lag:] == names[:-lag]
-        if same.sum() < REPEAT * beat:
+        if same.sum() < REPEAT * beat:          # as for most lags: too few for a stretch of them
             continue
         changes = np.diff(same, prepend=0, append=0)
         for first, stop in zip(np.flatnonzero(changes > 0), np.flatnonzero(changes < 0)):

@@ -395,15 +395,16 @@ class Clock(nn.Module):
 
     def __init__(self, config, counts=1):
         super().__init__()
-        turns = 1 / (config.beat * torch.tensor(self.beats))                    # in a step
-        self.register_buffer('turns', turns, persistent=False)
+        self.beat = config.beat
         hands = 2 * len(self.beats) * counts
         self.position = nn.Linear(hands, config.n_embd, bias=False)
         nn.init.zeros_(self.position.weight)            # at first no clock is read
 
     def forward(self, n):
         """n (B, T, counts), or (B, T) for one count -> (B, T, C)."""
-        turned = n.unsqueeze(-1) * self.turns % 1
+        beats = torch.tensor(self.beats, device=n.device)
+        turns = 1 / (self.beat * beats)                 # in a step; no buffer, which a model in 16 bits would round
+        turned = n.unsqueeze(-1) * turns % 1
         angle = 2 * math.pi * turned
         hands = torch.cat((angle.cos(), angle.sin()), dim=-1)
         dtype = self.position.weight.dtype

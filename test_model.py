@@ -1893,6 +1893,14 @@ def test_model_lookback_against_its_equations(W):
     model_close(model(frames)[0], out, 1e-12)
 
 
+def test_model_clock_of_a_model_in_16_bits_is_not_lost():
+    torch.manual_seed(0)
+    clock = model_randomise(models.Clock(Config(n_units=7, n_embd=8, beat=4)))
+    n = torch.arange(99_990, 100_000).unsqueeze(0)
+    exact = clock(n)
+    torch.testing.assert_close(clock.bfloat16()(n).float(), exact, rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize('shift', [0, 2])
 def test_model_clock_against_its_equation(shift):
     # as initialised, the RWKV blocks are the identity, so all that is left are the embedding and the clock
